@@ -119,7 +119,7 @@ def _run(options: Options, study: Any, words: list[str]) -> int:
     results = pieces.load(study)
     if options.piece is not None:
         runner = running.Runner(study, threads=options.threads)
-        return int(runner.one(jobs.of_key(study, options.piece)).get("failed", 0))
+        return int(runner.one(jobs.of_key(study, options.piece), results).get("failed", 0))
     if options.retry and not options.dry:
         running.forget_failures(study, results, Path.unlink)
     if options.submit:
@@ -131,7 +131,7 @@ def _run(options: Options, study: Any, words: list[str]) -> int:
             return 0
     elif options.dry:
         for piece in pieces.missing(study, results):
-            say(page.command(study, piece))
+            say(page.next_command(study, piece, results))
         return 0
     elif not options.table:
         gpus = [gpu for gpu in (options.gpus or "").split(",") if gpu]

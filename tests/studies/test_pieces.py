@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 from dataclasses import asdict, replace
@@ -9,7 +10,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from trainer.config.errors import ConfigError
-from trainer.studies import pieces
+from trainer.studies import pieces, running
 from trainer.studies.plan import Data, Method, Study
 
 
@@ -121,3 +122,78 @@ def test_results_with_other_settings_are_refused(tmp_path):
     (folder / "x.json").write_text("{")
     with pytest.raises(ConfigError, match=r"x\.json cannot be read as a result: remove it"):
         pieces.load(study)
+
+
+def saved(study, results):
+    """Write results as a study does."""
+    folder = study.folder / "pieces"
+    folder.mkdir(parents=True)
+    for key, result in results.items():
+        (folder / f"{key}.json").write_text(json.dumps(result))
+
+
+def test_equally_good_rates_give_the_same_choice_after_a_restart(tmp_path):
+    # in files the order of keys is another one: 0.0001, 0.001, 1e-05
+    study = make(tmp_path, rates=(1e-5, 1e-4, 1e-3))
+    order, results = play(study, lambda piece: 0.0)
+    assert [(piece.rate, piece.seed) for piece in order[3:]] == [(1e-4, 1)]
+    saved(study, results)
+    assert list(pieces.missing(study, pieces.load(study))) == []
+
+
+def test_a_search_does_not_try_a_rate_again(tmp_path):
+    study = make(tmp_path, rates=(1e-3, 1.001e-3))  # a step further is 1e-3, rounded
+    _, results = play(study, lambda piece: -piece.rate)
+    assert pieces.chosen_rate(study, "sums", "lora", results) == 1.001e-3
+
+
+def test_another_test_is_measured_without_training_again(tmp_path, monkeypatch):
+    data = Data([], ["task.eval_path=a.jsonl"], 5, 8, 8)
+    study = make(tmp_path, rates=[1e-3], seeds=[0], data={"sums": data})
+    (piece,), results = play(study, lambda piece: 0.5)
+    results[piece.key] |= {"tests": piece.tests(study), "test": {"loss": 9.0}, "peak_bytes": 7}
+    saved(study, results)
+    assert list(pieces.missing(study, pieces.load(study))) == []
+    other = replace(study, data={"sums": replace(data, test=["task.eval_path=b.jsonl"])})
+    loaded = pieces.load(other)
+    assert list(pieces.missing(other, loaded)) == [piece]
+    assert "test" not in loaded[piece.key]
+
+    calls = []
+    runner = running.Runner(other)
+    monkeypatch.setattr(runner, "_call", lambda words, *rest: (calls.append(words), (0, 1))[1])
+    numbers = {"validation": {}, "steps": 1, "seconds": 1.0}
+    monkeypatch.setattr(runner, "_numbers", lambda piece, peak: numbers | {"peak_bytes": peak})
+    monkeypatch.setattr(running.checkpoints, "complete", lambda folder: ["step 1"])
+    runner.run(loaded)
+    assert len(calls) == 1
+    assert calls[0][1] == "task.eval_path=b.jsonl"
+    written = json.loads((other.folder / "pieces" / f"{piece.key}.json").read_text())
+    assert (written["tests"], written["peak_bytes"]) == (piece.tests(other), 7)
+
+
+@pytest.mark.parametrize(("export", "loss"), [("last", 0.5), ("best", 0.1)])
+def test_the_validation_is_that_of_the_exported_checkpoint(tmp_path, export, loss):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best.json").write_text('{"step": 2}')
+    (tmp_path / "run.yaml").write_text(f"config: {{export: {export}}}")
+    rows = [{"step": step, "loss": loss} for step, loss in ((0, 1.0), (2, 0.1), (4, 0.5))]
+    assert running._of_result(tmp_path, rows)["loss"] == loss
+    assert running._of_result(tmp_path, []) == {}
+
+
+def test_a_run_that_a_killed_study_left_is_waited_for(tmp_path, monkeypatch, capsys):
+    study = make(tmp_path, rates=[1e-3], seeds=[0])
+    (piece,) = pieces.missing(study, {})
+    folder = study.folder / "runs" / piece.key
+    folder.mkdir(parents=True)
+    lock = (folder / ".lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    waits = []
+    monkeypatch.setattr(running.time, "sleep", lambda _: (waits.append(1), lock.close()))
+    runner = running.Runner(study)
+    runner._wait_for_earlier(piece)  # until the process that holds the lock ends
+    assert len(waits) == 1
+    assert "waiting for its process of an earlier start" in capsys.readouterr().out
+    runner._wait_for_earlier(piece)
+    assert len(waits) == 1

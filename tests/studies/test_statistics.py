@@ -129,9 +129,35 @@ def test_the_page_has_the_table_the_curves_and_the_commands(ended):
     assert html.count("data:image/svg+xml;base64,") == 2
     assert "the &lt;loss&gt; was not finite" in html
     commands = (study.folder / "commands.sh").read_text().splitlines()
-    assert len(commands) == 5
+    assert len(commands) == 9  # four runs, each with its test, and one that failed
+    assert commands[1].startswith("graft evaluate run=runs/sums-lora-0.001-0 generate=0 ")
     assert any("adapter=rosa optimizer.lr=0.0007 seed=1" in command for command in commands)
     assert (study.folder / "study.md").read_text().startswith("# mine\n")
+
+
+def test_rows_of_further_sets_and_runs_with_another_test_are_left_out(ended):
+    study, results = ended
+    before = statistics.summary(study, results)["sums"]["rosa"]["against"]["loss"]["over_rows"]
+    for key in results:  # as task.eval_sets adds them
+        other = {"where": "hard 1", "loss": 1.0 + ("rosa" in key), "tokens": 9, "scores": {}}
+        with (study.folder / "runs" / key / "test_rows.jsonl").open("a") as file:
+            file.write(json.dumps(other | {"set": "hard"}) + "\n")
+    numbers = statistics.summary(study, results)["sums"]["rosa"]
+    assert numbers["against"]["loss"]["over_rows"] == before
+    del results["sums-rosa-0.0007-1"]["test"]
+    results["sums-rosa-0.0007-1"]["untested"] = True
+    assert statistics.summary(study, results)["sums"]["rosa"]["seeds"] == 1
+    assert "1 runs were tested with other settings and are left out." in page.write(study, results)
+
+
+def test_unequal_steps_are_noted_and_a_single_step_has_no_time(ended):
+    study, results = ended
+    assert "The methods differ in `steps`" not in page.write(study, results)
+    for key, result in results.items():
+        result |= {"steps": 9 if "rosa" in key else 1, "step_seconds": None}
+    text = page.write(study, results)
+    assert "The methods differ in `steps`" in text
+    assert "inf" not in text
 
 
 def test_curves_are_means_over_seeds_and_windows():

@@ -36,7 +36,8 @@ def run_metrics(
 ) -> dict[str, dict[str, float]]:
     """Return the metrics of the adapted model; with `compare` those of the base first. `generate`
     is the number of prompts whose answers are graded. `settings` are words task.KEY=VALUE that
-    replace the run's; `rows` gets the adapted model's numbers of each row.
+    replace the run's; `rows` gets the adapted model's numbers of each row, and its `set` if that is
+    one of task.eval_sets.
 
     Raises:
         DataError: the run holds out no rows. ConfigError: a setting is none of the run's task.
@@ -73,7 +74,9 @@ def run_metrics(
                     graded = answers(trained.model, part, batch_size, max_new_tokens, device)
                     values |= means(graded or [])
                 if rows is not None and name == "adapted":
-                    rows += row_numbers(loss, part, graded or [], device)
+                    named = {} if of_set is None else {"set": of_set}
+                    numbers = row_numbers(loss, part, graded or [], device)
+                    rows += [row | named for row in numbers]
                 results[name] |= values if of_set is None else prefixed(of_set, values)
     return results
 

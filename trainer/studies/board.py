@@ -23,8 +23,9 @@ from tasks.metamath import accuracy
 from trainer.config.errors import ConfigError
 from trainer.config.limits import load_yaml
 from trainer.storage import atomic, journal
-from trainer.studies.pieces import Piece, Results, chosen_rate
+from trainer.studies.pieces import UNTESTED, Piece, Results, chosen_rate
 from trainer.studies.plan import Study
+from trainer.studies.statistics import read_rows
 
 PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
 
@@ -40,9 +41,10 @@ def write(study: Study, results: Results, folder: Path) -> list[Path]:
     for result in results.values():
         piece = Piece(**result["piece"])
         chosen = chosen_rate(study, piece.data, piece.method, results)
-        if "failed" in result or piece.searches or piece.rate != chosen:
+        if {"failed", UNTESTED} & result.keys() or piece.searches or piece.rate != chosen:
             continue
-        answers = _answers(study.folder / "runs" / piece.key / "test_rows.jsonl")
+        rows = read_rows(study.folder / "runs" / piece.key / "test_rows.jsonl")
+        answers = [(row["answer"], row["expected"]) for row in rows if "answer" in row]
         if not answers:
             continue
         file = folder / f"{piece.method}--{study.name}-lr_{piece.rate:g}-seed{piece.seed}.json"
@@ -55,15 +57,6 @@ def write(study: Study, results: Results, folder: Path) -> list[Path]:
             " data.NAME.generate"
         )
     return files
-
-
-def _answers(file: Path) -> list[tuple[str, str]]:
-    """Return (answer, expected) of the rows that have one."""
-    if not file.exists():
-        return []
-    lines = file.read_text("utf-8").split("\n")[:-1]  # an answer may hold U+2028
-    rows = [json.loads(line) for line in lines]
-    return [(row["answer"], row["expected"]) for row in rows if "answer" in row]
 
 
 def of_run(

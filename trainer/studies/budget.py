@@ -43,7 +43,7 @@ def solve(study: Study) -> Study:
         try:
             solved[name], counts[name] = _method(study, name, first)
             for data in study.data.values():
-                _composed(study, name, data, solved[name])
+                _refuse_unmeasured(_composed(study, name, data, solved[name]))
         except NeedsWeights:
             faults.append(
                 f"methods.{name}: its parameters are known only with the base's weights: set"
@@ -107,9 +107,16 @@ def _data_fault(study: Study, data: Data) -> str | None:
             "there are no validation rows to choose by: set task.eval_path, or task.eval_fraction"
             " above 0"
         )
-    if not config["callbacks"].get("evaluation"):
-        return "callbacks.evaluation is null, so nothing chooses the rate: leave it out"
+    try:
+        _refuse_unmeasured(config)
+    except ConfigError as error:
+        return explain(error)
     return _choice_fault(study, data)
+
+
+def _refuse_unmeasured(config: dict[str, Any]) -> None:
+    if not config["callbacks"].get("evaluation"):
+        raise ConfigError("callbacks.evaluation is null, so nothing chooses the rate: leave it out")
 
 
 def _choice_fault(study: Study, data: Data) -> str | None:
@@ -161,7 +168,14 @@ def _method(study: Study, name: str, data: Data) -> tuple[list[str], int | None]
             f"adapter=full trains all weights, not parameters={budget:,}: set"
             f" methods.{name}.solve=false"
         )
-    return _solve(config["adapter"], count, budget, settings.share, name)
+    words, total = _solve(config["adapter"], count, budget, settings.share, name)
+    own = {word.partition("=")[0]: word for word in settings.overrides}
+    if both := own.keys() & {word.partition("=")[0] for word in words}:
+        raise ConfigError(
+            f"{', '.join(own[key] for key in sorted(both))} is solved for parameters={budget:,}:"
+            f" leave it out, or set methods.{name}.solve=false"
+        )
+    return words, total
 
 
 def _solve(

@@ -222,10 +222,8 @@ def run(options: Any) -> int:
                 continue
             started = time.monotonic()
             if code := _do(step):
-                say(
-                    f"{step.name} ended with {code}: the same command continues there",
-                    file=sys.stderr,
-                )
+                then = "failed: once that is fixed," if code in (1, 2) else f"ended with {code}:"
+                say(f"{step.name} {then} the same command continues there", file=sys.stderr)
                 return code
             work.record["steps"][step.name] = {"seconds": round(time.monotonic() - started, 1)}
             work.save()

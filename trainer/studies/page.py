@@ -11,7 +11,7 @@ from trainer.evaluation.pictures import Curve, picture
 from trainer.evaluation.tables import Table
 from trainer.session import report_html
 from trainer.storage import atomic, journal
-from trainer.studies.pieces import Piece, Results
+from trainer.studies.pieces import UNTESTED, Piece, Results
 from trainer.studies.plan import Study
 from trainer.studies.statistics import summary
 
@@ -23,7 +23,7 @@ def write(study: Study, results: Results) -> str:
     table."""
     numbers = summary(study, results)
     tables = [table(study, data, rows) for data, rows in numbers.items()]
-    commands = [command(study, Piece(**result["piece"])) for result in results.values()]
+    commands = [line for result in results.values() for line in commands_of(study, result)]
     text = "\n".join(_markdown(part) for part in tables)
     failures = [
         {"key": key, "message": result["message"]}
@@ -50,16 +50,39 @@ def subtitle(study: Study, results: Results) -> str:
     budget = "as set" if study.parameters is None else f"{study.parameters:,} each"
     seeds = ", ".join(map(str, study.seeds))
     failed = sum("failed" in result for result in results.values())
+    untested = sum(UNTESTED in result for result in results.values())
+    left_out = f" {untested} runs were tested with other settings and are left out."
     return (
         f"{len(study.methods)} methods, {len(study.data)} data sets, seeds {seeds}; trained"
         f" parameters: {budget}; {len(results)} runs, {failed} of them failed. Rates are chosen by"
-        f" {study.choose} on validation rows."
+        f" {study.choose} on validation rows.{left_out if untested else ''}"
     )
 
 
 def command(study: Study, piece: Piece) -> str:
     """Return the command line that repeats a run of the study."""
     return "graft " + shlex.join([*piece.words(study), f"name={piece.key}"])
+
+
+def evaluation_command(study: Study, piece: Piece, run: str) -> str:
+    """Return the command line that measures a run on the test rows again."""
+    words = [f"run={run}", *piece.tests(study), f"batch_size={study.data[piece.data].batch_size}"]
+    return "graft evaluate " + shlex.join(words)
+
+
+def next_command(study: Study, piece: Piece, results: Results) -> str:
+    """Return the command line of a piece that is missing, or of its test alone."""
+    if piece.key not in results:
+        return command(study, piece)
+    return evaluation_command(study, piece, str(study.folder / "runs" / piece.key))
+
+
+def commands_of(study: Study, result: dict[str, Any]) -> list[str]:
+    """Return the command lines that repeat a result: its run, and its test if it has one."""
+    piece = Piece(**result["piece"])
+    if "test" not in result:
+        return [command(study, piece)]
+    return [command(study, piece), evaluation_command(study, piece, f"runs/{piece.key}")]
 
 
 def table(study: Study, data: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -81,6 +104,11 @@ def table(study: Study, data: str, rows: dict[str, dict[str, Any]]) -> dict[str,
     edge = [method for method, row in rows.items() if row["edge"]]
     if edge:
         notes.append(f"The best rate is at an end of those tried: {', '.join(edge)}.")
+    if len({row["steps"] for row in rows.values()}) > 1:
+        notes.append(
+            "The methods differ in `steps`: those that choose their entries first, or stop early,"
+            " are not compared at equal steps."
+        )
     if waiting := [name for name in study.methods if name not in rows]:
         notes.append(f"No finished runs: {', '.join(waiting)}.")
     return {"name": data, "cells": Table(head, lines), "notes": notes}
@@ -109,7 +137,7 @@ def _line(method: str, row: dict[str, Any], names: list[str], versus: list[str])
         *(_difference(against.get(name)) for name in versus),
         f"{wins['wins']} : {wins['losses']}" if "wins" in wins else "",
         f"{row['steps']:,}",
-        f"{row['step_seconds']:.2f}",
+        "" if row["step_seconds"] is None else f"{row['step_seconds']:.2f}",
         f"{row['peak_bytes'] / 1e6:,.0f}",
         f"{size / 1e6:.1f}" if size else "",
     ]

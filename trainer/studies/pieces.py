@@ -19,6 +19,7 @@ from trainer.studies.budget import last_of_each, words_of
 from trainer.studies.plan import Study
 
 Results = dict[str, dict[str, Any]]  # by key
+UNTESTED = "untested"  # marks a finished run whose test is done again, with the study's settings
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,17 @@ class Piece:
         ]
         return [*last_of_each(words), f"optimizer.lr={self.rate:g}", f"seed={self.seed}"]
 
+    def tests(self, study: Study) -> list[str]:
+        """Return the settings of its evaluation on the test rows that its numbers depend on."""
+        data = study.data[self.data]
+        answers = [f"generate={data.generate}", f"max_new_tokens={data.max_new_tokens}"]
+        return [*data.test, *answers]
+
 
 def missing(study: Study, results: Results) -> Iterator[Piece]:
-    """Yield the pieces that can run now: those of searches, and runs whose rate is chosen. Methods
-    follow each other seed by seed, so that a study that is stopped compares complete seeds."""
+    """Yield the pieces that can run now: those of searches, runs whose rate is chosen, and such
+    runs whose test has to be done again. Methods follow each other seed by seed, so that a study
+    that is stopped compares complete seeds."""
     chosen: dict[tuple[str, str], float | None] = {}
     for data in study.data:
         for method in study.methods:
@@ -63,7 +71,7 @@ def missing(study: Study, results: Results) -> Iterator[Piece]:
             if rate is None:
                 continue
             piece = Piece(data, method, rate, seed, False)
-            if piece.key not in results:
+            if piece.key not in results or UNTESTED in results[piece.key]:
                 yield piece
 
 
@@ -88,12 +96,14 @@ def _rate(study: Study, method: str, tried: dict[float, float]) -> float | None:
 
 
 def best(study: Study, tried: dict[float, float]) -> float | None:
-    """Return the rate of the best metric; None if no run has one."""
+    """Return the rate of the best metric, the middle one of rates that are equally good; None if no
+    run has one."""
     finite = {rate: value for rate, value in tried.items() if math.isfinite(value)}
     if not finite:
         return None
-    pick = min if study.mode == "min" else max
-    return pick(finite, key=finite.__getitem__)
+    top = min(finite.values()) if study.mode == "min" else max(finite.values())
+    equal = sorted(rate for rate, value in finite.items() if value == top)
+    return equal[(len(equal) - 1) // 2]
 
 
 def _tried(study: Study, data: str, method: str, results: Results) -> dict[float, float]:
@@ -121,11 +131,12 @@ def _next(study: Study, method: str, tried: dict[float, float]) -> list[float]:
     if rate is None or extra >= study.widen:
         return []
     ordered = sorted(tried)
+    further = rate
     if rate == ordered[-1]:
-        return [float(f"{rate * rate / ordered[-2]:.2g}")]
-    if rate == ordered[0]:
-        return [float(f"{rate * rate / ordered[1]:.2g}")]
-    return []
+        further = float(f"{rate * rate / ordered[-2]:.2g}")
+    elif rate == ordered[0]:
+        further = float(f"{rate * rate / ordered[1]:.2g}")
+    return [] if further in tried else [further]  # rounding may give a rate that was tried
 
 
 def _search_piece(study: Study, data: str, method: str, rate: float) -> Piece:
@@ -133,7 +144,8 @@ def _search_piece(study: Study, data: str, method: str, rate: float) -> Piece:
 
 
 def load(study: Study) -> Results:
-    """Read the results of a study's pieces. Failed ones are among them.
+    """Read the results of a study's pieces. Failed ones are among them. Runs that were tested with
+    other settings than the study's file has now are marked UNTESTED, and their test is left out.
 
     Raises:
         ConfigError: a piece ran with other settings than the study's file has now.
@@ -149,6 +161,8 @@ def load(study: Study) -> Results:
             ) from None
         if piece.data in study.data and piece.method in study.methods:
             _refuse_other(path, result["words"], piece.words(study))
+            if result.get("tests", piece.tests(study)) != piece.tests(study) and "test" in result:
+                result = {k: v for k, v in result.items() if k != "test"} | {UNTESTED: True}
             results[piece.key] = result
     return results
 

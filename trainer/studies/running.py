@@ -21,11 +21,13 @@ from typing import Any
 
 from trainer.config import files
 from trainer.config.errors import ConfigError
+from trainer.config.limits import load_yaml
 from trainer.config.shown import say
-from trainer.storage import atomic, journal
-from trainer.studies.pieces import Piece, Results, missing
+from trainer.storage import atomic, checkpoints, journal
+from trainer.studies.pieces import UNTESTED, Piece, Results, missing
 from trainer.studies.plan import Study
 
+WAIT = 0.5  # seconds between two looks at a run that still has a process
 TAIL = 2000  # characters of a failed run's log that its result keeps
 
 
@@ -55,7 +57,8 @@ class Runner:
                     if over or self.stopping or len(running) >= self.parallel:
                         break
                     if piece.key not in running.values():
-                        running[pool.submit(self.piece, piece)] = piece.key
+                        before = results.get(piece.key)
+                        running[pool.submit(self.piece, piece, before)] = piece.key
                 if not running:
                     return
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
@@ -65,20 +68,29 @@ class Runner:
                     results[key] = done.result()
                     say(_line(key, results[key]), flush=True)
 
-    def one(self, piece: Piece) -> dict[str, Any]:
+    def one(self, piece: Piece, results: Results) -> dict[str, Any]:
         """Run one piece alone, as a job does. Signals reach its process."""
         with self._stops_processes():
-            return self.piece(piece)
+            return self.piece(piece, results.get(piece.key))
 
-    def piece(self, piece: Piece) -> dict[str, Any]:
-        """Run one piece, and write its result."""
+    def piece(self, piece: Piece, before: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Run one piece, and write its result. One that is trained, with the result `before`, is
+        only tested."""
         words, folder = piece.words(self.study), self.study.folder
         gpu = self.free_gpus.pop() if self.free_gpus else None
         log = folder / "logs" / f"{piece.key}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         result: dict[str, Any] = {"piece": asdict(piece), "words": words, "log": str(log)}
+        if not piece.searches:
+            result["tests"] = piece.tests(self.study)
+        saved = checkpoints.complete(folder / "runs" / piece.key / "checkpoints")
+        trained = before if saved and UNTESTED in (before or {}) else None
         try:
-            code, peak = self._call([*words, *self._place(piece)], log, gpu)
+            if trained is None:
+                self._wait_for_earlier(piece)
+                code, peak = self._call([*words, *self._place(piece)], log, gpu)
+            else:
+                code, peak = 0, trained["peak_bytes"]
             if code == 0 and not piece.searches:
                 code, _ = self._call(self._evaluation(piece), log, gpu, "trainer.evaluate")
             if code == 0:
@@ -86,6 +98,8 @@ class Runner:
             else:
                 text = log.read_text("utf-8", "replace")
                 result |= {"failed": code, "message": text[-TAIL:]}
+                # it still counts in the search for rates
+                result |= {} if trained is None else {"validation": trained["validation"]}
         finally:
             if gpu is not None:
                 self.free_gpus.append(gpu)
@@ -95,19 +109,31 @@ class Runner:
             atomic.write_text(folder / "pieces" / f"{piece.key}.json", text)
         return result
 
+    def _wait_for_earlier(self, piece: Piece) -> None:
+        """Wait while the piece's run has a process: one that was left when a study was killed ends
+        by itself. Its run is then resumed, and is no failure."""
+        file = self.study.folder / "runs" / piece.key / ".lock"
+        waited = False
+        while file.exists() and not self.stopping:
+            with file.open("a") as lock, contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            if not waited:
+                say(f"{piece.key}: waiting for its process of an earlier start", flush=True)
+            waited = True
+            time.sleep(WAIT)
+
     def _place(self, piece: Piece) -> list[str]:
         threads = [] if self.threads is None else [f"threads={self.threads}"]
         runs = self.study.folder / "runs"
         return [*threads, f"name={piece.key}", f"runs={runs}", "resume=auto"]
 
     def _evaluation(self, piece: Piece) -> list[str]:
-        data, run = self.study.data[piece.data], self.study.folder / "runs" / piece.key
+        run = self.study.folder / "runs" / piece.key
         return [
             f"run={run}",
-            *data.test,
-            f"generate={data.generate}",
-            f"max_new_tokens={data.max_new_tokens}",
-            f"batch_size={data.batch_size}",
+            *piece.tests(self.study),
+            f"batch_size={self.study.data[piece.data].batch_size}",
             f"json={run}/test.json",
             f"rows={run}/test_rows.jsonl",
         ]
@@ -150,7 +176,7 @@ class Runner:
         sizes = [f.stat().st_size for f in adapter.rglob("*.safetensors")]
         preflight = json.loads((run / "preflight.json").read_text("utf-8"))
         result: dict[str, Any] = {
-            "validation": _measured(evaluations[-1]) if evaluations else {},
+            "validation": _measured(_of_result(run, evaluations)),
             "steps": max((row["step"] for row in rows if row["kind"] == "step"), default=0),
             "step_seconds": statistics.median(steps) if steps else None,
             "seconds": seconds[-1] if seconds else 0.0,
@@ -211,6 +237,16 @@ def forget_failures(study: Study, results: Results, forget: Callable[[Path], Non
     for key in [key for key, result in results.items() if "failed" in result]:
         del results[key]
         forget(study.folder / "pieces" / f"{key}.json")
+
+
+def _of_result(run: Path, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the evaluation of the checkpoint that is the run's result; {} if there is none."""
+    if not evaluations:
+        return {}
+    export = load_yaml(run / "run.yaml")["config"].get("export")
+    best = checkpoints.marked(run / "checkpoints", "best") if export == "best" else None
+    step = evaluations[-1]["step"] if best is None else best.step
+    return next(row for row in reversed(evaluations) if row["step"] == step)
 
 
 def _measured(row: dict[str, Any]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.studies.pieces import Piece, Results, at_edge, chosen_rate
+from trainer.studies.pieces import UNTESTED, Piece, Results, at_edge, chosen_rate
 from trainer.studies.plan import Study
 
 # Student's t at 97.5 %, by degrees of freedom; beyond 30 it is taken as the last.
@@ -86,7 +86,9 @@ def _method(study: Study, data: str, method: str, results: Results) -> dict[str,
         "metrics": {name: mean_and_sd(each) for name, each in values.items()},
         "validation": mean_and_sd([r["validation"][study.choose] for r in runs.values()]),
         "parameters": next(iter(runs.values()))["parameters"],
-        "step_seconds": min(r["step_seconds"] or math.inf for r in runs.values()),
+        "step_seconds": min(
+            (r["step_seconds"] for r in runs.values() if r["step_seconds"]), default=None
+        ),
         "peak_bytes": statistics.median(r["peak_bytes"] for r in runs.values()),
         "adapter_bytes": next(iter(runs.values()))["adapter_bytes"],
         "steps": next(iter(runs.values()))["steps"],
@@ -114,7 +116,7 @@ def _runs(
     return {
         seed: results[key]
         for seed, key in pieces.items()
-        if key in results and "failed" not in results[key]
+        if key in results and not {"failed", UNTESTED} & results[key].keys()
     }
 
 
@@ -146,14 +148,19 @@ def _against(
 def rows_of(study: Study, result: dict[str, Any]) -> Rows:
     """Read what a run gave on each row of the test: `loss` per trained token, and the scores."""
     key = Piece(**result["piece"]).key
-    path: Path = study.folder / "runs" / key / "test_rows.jsonl"
+    return {
+        row["where"]: {"loss": row["loss"], "tokens": row["tokens"], **row["scores"]}
+        for row in read_rows(study.folder / "runs" / key / "test_rows.jsonl")
+    }
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the file of `graft evaluate rows=`, without the rows of task.eval_sets, whose numbers
+    are their own; [] if there is none."""
     if not path.exists():
-        return {}
-    rows: Rows = {}
-    for line in path.read_text("utf-8").split("\n")[:-1]:  # an answer may hold U+2028
-        row = json.loads(line)
-        rows[row["where"]] = {"loss": row["loss"], "tokens": row["tokens"], **row["scores"]}
-    return rows
+        return []
+    lines = path.read_text("utf-8").split("\n")[:-1]  # an answer may hold U+2028
+    return [row for row in map(json.loads, lines) if "set" not in row]
 
 
 def _row_differences(pairs: list[tuple[Rows, Rows]], name: str) -> list[float]:
