@@ -332,6 +332,7 @@ def test_the_files_are_read_as_omegaconf_reads_them():
         ("lora_alpha", "adapter", "Here it is adapter.alpha."),
         ("within", "adapter", "It is a key of adapter="),
         ("path", "base", "It is a key of base=hf."),
+        ("repeat_random", "task", "Did you mean repeat_random, which is in no group?"),
         ("ranks", "adapter", "Did you mean rank?"),
     ],
 )

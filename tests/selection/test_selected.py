@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from adapters.errors import AdapterError
@@ -15,6 +16,7 @@ from tests.toys.commands import exit_code
 from trainer import select as verb
 from trainer.assembly.build import instantiate
 from trainer.selection import selected
+from trainer.selection.choose import Choice
 from trainer.selection.gradients import RowLoss
 from trainer.selection.selected import Plan, select
 from trainer.storage import run_folder
@@ -53,6 +55,17 @@ def warm(train_in, tmp_path_factory):
         "callbacks.evaluation.every=null", "check_export=false", "name=warm",
     )  # fmt: skip
     return run, place
+
+
+def test_a_conversation_of_several_texts_is_chosen_once():
+    choice = Choice(np.array([3, 0, 2, 1]), np.array([0.9, 0.8, 0.7, 0.6]), np.array([5, 6, 7, 8]))
+    once = selected.once(choice, np.array([10, 11, 12, 10]))  # places 0 and 3 are of one row
+    assert once.rows.tolist() == [3, 2, 1]
+    assert once.scores.tolist() == [0.9, 0.7, 0.6]
+    assert once.targets.tolist() == [5, 7, 8]
+    alone = selected.once(Choice(choice.rows, choice.scores), np.arange(4))
+    assert alone.rows.tolist() == [3, 0, 2, 1]
+    assert alone.targets is None
 
 
 def chosen(path: Path) -> list[int]:

@@ -280,6 +280,8 @@ def hint(key: str, known: Any, group: str = "") -> str:
     if others:
         more = f" and {len(others) - 4} more" if len(others) > 5 else ""
         return f"It is a key of {group}={', '.join(others[: 4 if more else 5])}{more}."
+    if names and key in load("config").children:
+        return f"Did you mean {key}, which is in no group?"
     return nearest(key, known)
 
 

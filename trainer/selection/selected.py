@@ -114,16 +114,18 @@ def select(plan: Plan) -> Selected:
         work.mkdir(parents=True, exist_ok=True)
         with locked(work / ".lock", str(plan.to)):
             choice = _chosen(plan, run, pool, count, work)
+    examples = np.asarray(pool.rows.examples())[pool.members]
+    choice = once(choice, examples)
     _write(plan, pool, choice, record, content)
     shutil.rmtree(work, ignore_errors=True)
-    chosen = pool.members[choice.rows]
     trained = pool.rows.trained
+    chosen = np.isin(examples, examples[choice.rows])  # with all texts of the rows that are written
     return Selected(
         plan.to,
         record,
-        len(chosen),
-        len(pool.members),
-        int(trained[chosen].sum()),
+        len(choice.rows),
+        len(np.unique(examples)),
+        int(trained[pool.members[chosen]].sum()),
         int(trained[pool.members].sum()),
         pool.removed,
         len(pool.targets) if pool.targets is not None else 0,
@@ -256,6 +258,15 @@ def dimensions(rows: int) -> int:
     while size < 1024 and 16 * size <= rows:
         size *= 2
     return size
+
+
+def once(choice: Choice, examples: np.ndarray) -> Choice:
+    """Return a choice without the places whose example was chosen before: some templates give one
+    text for each answer of a conversation, and the file has the conversation once."""
+    _, first = np.unique(examples[choice.rows], return_index=True)
+    places = np.sort(first)
+    targets = None if choice.targets is None else choice.targets[places]
+    return Choice(choice.rows[places], choice.scores[places], targets)
 
 
 def _whitened(*stores: Store) -> Whitening:
