@@ -7,15 +7,15 @@ and the speed-up.
         [offsets=3] [minutes=20] [rates=[1e-3]] [batch_size=8] [overrides=[]] [budget=null]
     python -m scripts.bench.heads out=FOLDER table=true
 
-1. The base answers the first `rows` and the last `held_out` prompts of the file greedily (python -m
-trainer.respond), to
+1. The base answers the first `rows` and the last `held_out` prompts of the file greedily (graft
+respond), to
    OUT/responses and OUT/held_out. A prompt is a row's `field`, or without one its messages up to
    the last answer, or its prompt, question or turns.
 2. Each drafter is trained alone on the frozen base (adapter=none) on those answers, `minutes` for
 each of `rates`, with a warm-up of
    twenty steps and a constant rate, since the number of steps is not known before. `overrides` go
    to these runs.
-3. python -m trainer.speculate decodes the held-out prompts greedily: with the drafter, without it,
+3. graft speculate decodes the held-out prompts greedily: with the drafter, without it,
 and by transformers' generate.
 
 Every piece is a new process and a line of OUT/results.jsonl. The script can be stopped at any time

@@ -76,6 +76,11 @@ def prepared(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
         native = parts.kinds if parts is not None else ()
         print(f"fused: {fused.fuse(model, choice, native) if own else liger.put_in(model)}")
     model = adapter.attach(model, Start())
+    more = {}
+    if make := instantiate(plain["drafter"]):
+        drafter = make(model=model)
+        drafter.calibrate(lambda: torch.arange(model.config.vocab_size))
+        more["drafter"] = drafter
     module = instantiate(plain["objective"])(
         model=model,
         adapter=adapter,
@@ -85,6 +90,7 @@ def prepared(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
         labelled=False,
         accumulate=1,
         seed=0,
+        **more,
     )
     B, T = options["batch_size"], options["length"]
     ids = torch.randint(

@@ -12,13 +12,13 @@ training, and then used for decoding.
 
 1. costs: passes of the base over 1 .. 64 new tokens after `context` tokens, with the output head,
    as a chain and as siblings of a tree, in turns. The table has the medians, over that of one
-   token. python -m trainer.speculate tree=search searches a tree with the minimum times.
+   token. graft speculate tree=search searches a tree with the minimum times.
 2. The base answers the first `rows` and the last `held_out` prompts of the file greedily, as in
    scripts.bench.heads.
 3. Each drafter is trained alone on the frozen base with those answers, for `minutes`, with a
    warm-up of twenty steps and a constant rate. settings.NAME=[optimizer.lr=3e-4,drafter.offsets=5]
    are overrides for that drafter's run, `overrides` for all.
-4. python -m trainer.evaluate task=speculation decodes the held-out prompts, or `questions` in
+4. graft evaluate task=speculation decodes the held-out prompts, or `questions` in
    Spec-Bench's layout (`each` of a category), greedily with each drafter, also those without
    training, in each of `decodings`. The default is chain, which adds no option.
    decodings.eagle2=[tree=eagle2] adds one; only.DRAFTER=[chain] limits a drafter to those named.

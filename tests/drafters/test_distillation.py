@@ -10,7 +10,7 @@ from torch import nn
 from tests.toys import adapters as toys
 from tests.toys.packed_rows import APART, PACKED, ROWS, numbers_of, output_of
 from trainer.drafters import DrafterError, Target, TargetOutput, metrics
-from trainer.drafters.distillation import KINDS, Distillation, chunked_distillation
+from trainer.drafters.distillation import KINDS, Distillation, Shared, chunked_distillation
 from trainer.drafters.distilled import Distilled
 from trainer.models.heads import captured_layers
 
@@ -54,6 +54,37 @@ def test_the_quick_way_gives_what_the_plain_one_gives(kind, dtype, vocabulary, c
         )
     assert torch.equal(results[0][1][1:3], results[1][1][1:3])
     assert float(results[0][1][3].min()) >= 0
+
+
+@pytest.mark.parametrize("chunk", [2, 4, 50])
+@pytest.mark.parametrize("vocabulary", [None, SOME], ids=["all", "some"])
+@pytest.mark.parametrize("kind", ["ce", "ce_l1"])
+def test_a_teacher_that_predictions_share_is_asked_once(kind, vocabulary, chunk):
+    hidden, teacher, weights, table, own = material(11, 1, vocabulary)
+    places = torch.tensor([7, 3, 3, 9, 0, 3, 7, 7, 7, 9, 3])  # of the first of three heads' rows
+    shared, order, different = Shared.by_place(places, torch.device("cpu"))
+    assert different.tolist() == [0, 3, 7, 9]
+    assert places[order].tolist() == different[shared.teacher].tolist() == sorted(places.tolist())
+    asked = []
+
+    def whole(h):
+        asked.append(len(h))
+        return h @ table.T
+
+    results = []
+    for together in (shared, None):
+        weight, leaf = nn.Parameter(own[0].clone()), hidden[:1].clone().requires_grad_(True)
+        how = Distillation(kind, whole, (lambda h, w=weight: h @ w.T,), vocabulary)
+        at = different if together is not None else places[order]
+        asked.clear()
+        total, numbers = chunked_distillation(
+            leaf, teacher[at], weights[:1], how, chunk, (weight,), together
+        )
+        (2.0 * total).backward()
+        results.append((total.detach(), numbers, leaf.grad, weight.grad))
+        assert sum(asked) == len(at)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_the_quick_way_holds_where_probabilities_vanish():

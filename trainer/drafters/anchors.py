@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trainer.drafters import Target, TargetOutput
-from trainer.drafters.distillation import Distillation, chunked_distillation
+from trainer.drafters.distillation import Distillation, Shared, chunked_distillation
 from trainer.models.on_host import Host, all_sent
 
 
@@ -64,6 +64,18 @@ def counted(
     return right.long().cumprod(2).bool()
 
 
+def shared_places(
+    counts: Bool[Tensor, "B A K"], places: Int[Tensor, "B A K"], device: torch.device, length: int
+) -> tuple[Shared, tuple[Int[Tensor, " m"], ...], Int[Tensor, " n"]]:
+    """Return (Shared, the indices (row, anchor, slot) of the slots that count, b T + t of the n
+    different places t) of slots whose teacher is at `places` of T = `length`; all but Shared on the
+    host."""
+    index = counts.nonzero()
+    row, anchor, slot = index.unbind(1)
+    shared, order, different = Shared.by_place(row * length + places[row, anchor, slot], device)
+    return shared, index[order].unbind(1), different
+
+
 def distilled_slots(
     states: Float[Tensor, "B A K d"],
     counts: Bool[Tensor, "B A K"],
@@ -78,15 +90,17 @@ def distilled_slots(
     distillation's numbers of each slot, 0 where it does not count. `counts`, `goal` and `weights`
     are on the host. `how` is the kind of loss and lk_hybrid's eta. Without slots that count, all
     that `states` depends on still has a gradient of 0, as DDP needs."""
-    row, anchor, slot = counts.nonzero().unbind(1)
-    before, each = goal[row, anchor, slot] - 1, weights[row, slot]
-    row, anchor, slot, before, each = all_sent(states.device, row, anchor, slot, before, each)
+    device, length = states.device, output.ids.shape[1]
+    shared, (row, anchor, slot), places = shared_places(counts, goal - 1, device, length)
+    each = weights[row, slot]
+    row, anchor, slot, places, each = all_sent(device, row, anchor, slot, places, each)
     total, numbers = chunked_distillation(
         states[row, anchor, slot][None],
-        output.hidden[row, before].detach(),
+        output.hidden.flatten(0, 1)[places].detach(),
         each[None],
         Distillation(how[0], target.head, (target.head,), eta=how[1]),
         chunk,
+        shared=shared,
     )
     total = total + 0.0 * states.float().sum()
     spread = numbers.new_zeros(len(numbers), *counts.shape)

@@ -46,7 +46,7 @@ from torch.nn import functional as F
 
 from adapters.linear import features, float_weight
 from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, draft_vocabulary
-from trainer.drafters.anchors import anchors_of, counted, goals, numbers_of
+from trainer.drafters.anchors import anchors_of, counted, goals, numbers_of, shared_places
 from trainer.drafters.block_batch import BlockBatch
 from trainer.drafters.block_growth import BlockGrowth
 from trainer.drafters.block_layer import KeysValues, keys_values, run_block
@@ -189,11 +189,13 @@ class Block(Heads):
         at, real, share = self.anchors_of(host)
         goal = goals(at, self.offsets)
         counts = counted(goal, at, real, host)
-        row, anchor, slot = counts.nonzero().unbind(1)
+        shared, (row, anchor, slot), places = shared_places(
+            counts, goal - 1, output.hidden.device, output.ids.shape[1]
+        )
         ahead = goal[row, anchor, slot]
         weights = torch.tensor(self.weights)[slot] * share[row]
-        at, counts, row, anchor, slot, weights, ahead = all_sent(
-            output.hidden.device, at, counts, row, anchor, slot, weights, ahead
+        at, counts, row, anchor, slot, weights, ahead, places = all_sent(
+            output.hidden.device, at, counts, row, anchor, slot, weights, ahead, places
         )
         u = self.slots(output, target, at)
         before = output.ids[row, ahead - 1]
@@ -207,11 +209,12 @@ class Block(Heads):
         how = Distillation("ce_l1", target.head, heads, self.vocabulary, ce=self.ce, l1=self.l1)
         total, numbers = chunked_distillation(
             z[None],
-            output.hidden[row, ahead - 1],
+            output.hidden.flatten(0, 1)[places],
             weights[None],
             how,
             chunk,
             self.head_parameters(),
+            shared,
         )
         # Where nothing counts, all parameters still take part, as DDP needs.
         total = total + 0.0 * u.float().sum()

@@ -15,9 +15,10 @@ the K.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 
 from trainer.drafters.layers import autocast_like
 from trainer.models.heads import Head
+from trainer.models.on_host import sent
 
 KINDS = ("ce", "kl", "tv", "lk_alpha", "lk_hybrid")
 
@@ -37,9 +39,9 @@ class _ChunkedDistillation(torch.autograd.Function):
     Forward: for each chunk, the teacher's probabilities once; for each of the K the loss and its
     slope at the logits by hand, in fp32; then by autograd through the head the slopes at h_c and at
     the head's parameters. Backward: these, times the incoming scalar.
-    Shapes: hidden (K, n, d), teacher (n, d), weights (K, n); returns a scalar in fp32 and (4, K,
-    n): loss, whether the teacher's best guess was the drafter's best and among its `top` best
-    guesses, Σ min(p, q).
+    Shapes: hidden (K, n, d), teacher (n, d), weights (K, n), or with `shared` hidden (1, m, d) and
+    weights (1, m); returns a scalar in fp32 and (4, K, n) or (4, 1, m): loss, whether the teacher's
+    best guess was the drafter's best and among its `top` best guesses, Σ min(p, q).
     Notes: never more than a chunk of the teacher's (c, V) and of one head's (c, v) logits exist.
     No second derivative.
     """
@@ -53,6 +55,7 @@ class _ChunkedDistillation(torch.autograd.Function):
         how: Distillation,
         chunk: int,
         needs_grad: bool,
+        shared: Shared | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -64,12 +67,11 @@ class _ChunkedDistillation(torch.autograd.Function):
         # for each head.
         with autocast_like(hidden):
             for start in range(0, teacher.shape[0], chunk):
-                rows = slice(start, start + chunk)
-                logits = how.head(teacher[rows])
+                logits = how.head(teacher[start : start + chunk])
                 with torch.autocast(hidden.device.type, enabled=False):
-                    truth = how.truth(logits)
+                    whole = how.truth(logits)
                 del logits
-                for k in range(len(hidden)):
+                for k, rows, truth in _parts(whole, start, chunk, len(hidden), shared):
                     with torch.enable_grad():
                         part = hidden[k, rows].detach().requires_grad_(needs_grad)
                         logits = how.heads[k % len(how.heads)](part)
@@ -112,8 +114,24 @@ class _ChunkedDistillation(torch.autograd.Function):
             None,
             None,
             None,
+            None,
             *scaled,
         )
+
+
+def _parts(
+    truth: Truth, start: int, chunk: int, heads: int, shared: Shared | None
+) -> Iterator[tuple[int, slice, Truth]]:
+    """Yield which of the predictions (k, rows) have a chunk of teacher positions, with its
+    distributions. Never more than `chunk` rows."""
+    if shared is None:
+        for k in range(heads):
+            yield k, slice(start, start + chunk), truth
+        return
+    first, end = shared.before[start], shared.before[start + len(truth.best)]
+    for at in range(first, end, chunk):
+        rows = slice(at, min(at + chunk, end))
+        yield 0, rows, truth.rows(shared.teacher[rows] - start)
 
 
 def _compared(
@@ -140,6 +158,28 @@ def _compared(
 
 
 @dataclass(frozen=True)
+class Shared:
+    """The teacher position of each of m predictions, where several have the same one. Predictions
+    are in the order of their teachers."""
+
+    teacher: Int[Tensor, " m"]  # ascending, on the device
+    before: list[int]  # the predictions before each of the n teacher positions, and m; on the host
+
+    @classmethod
+    def by_place(
+        cls, places: Int[Tensor, " m"], device: torch.device
+    ) -> tuple[Self, Int[Tensor, " m"], Int[Tensor, " n"]]:
+        """Return (self, the order of the predictions, the different places) of the places that m
+        predictions are compared at. All but `teacher` are on the host, as `places` are."""
+        order = places.argsort(stable=True)
+        different, teacher, counts = places[order].unique_consecutive(
+            return_inverse=True, return_counts=True
+        )
+        before = [0, *counts.cumsum(0).tolist()]
+        return cls(sent(teacher, device), before), order, different
+
+
+@dataclass(frozen=True)
 class Truth:
     """A teacher's distributions at c positions."""
 
@@ -152,6 +192,12 @@ class Truth:
     def entropy(self) -> Float[Tensor, " c"]:
         """Σ p log p of the renormalised probabilities."""
         return torch.xlogy(self.whole, self.whole).sum(-1)
+
+    def rows(self, index: Int[Tensor, " r"]) -> Truth:
+        """Return the distributions at these of the positions."""
+        p = self.p[index]
+        whole = p if self.whole is self.p else self.whole[index]
+        return Truth(p, whole, self.best[index], self.inside[index])
 
 
 @dataclass(frozen=True)
@@ -212,8 +258,8 @@ class Distillation:
 
             log q = x - max x - log Σ exp(x - max x)
         """
-        if not buffers:
-            buffers += [torch.empty_like(truth.p), torch.empty_like(truth.p)]
+        if not buffers or len(buffers[0]) < len(logits):
+            buffers[:] = [torch.empty_like(truth.p), torch.empty_like(truth.p)]
         q, spare = (tensor[: len(logits)] for tensor in buffers)
         highest, guesses = q.copy_(logits).topk(min(self.top, q.shape[-1]), dim=-1)
         q -= highest[:, :1]
@@ -281,10 +327,13 @@ def chunked_distillation(
     how: Distillation,
     chunk: int,
     parameters: tuple[Tensor, ...] = (),
+    shared: Shared | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "4 K n"]]:
     """Return (Σ_k Σ_i weights[k, i] loss[k, i], numbers) of K drafted distributions, computed from
     `hidden`, for each token that the teacher's hidden states predict.
 
+    With `shared` there is one prediction of each of m tokens, hidden (1, m, d) and weights (1, m),
+    whose teachers are those of `shared`: a teacher's distribution is computed once for all of them.
     `parameters` are the trained parameters of the drafter's heads. `numbers` are, for each
     position, the loss, 1 if the drafter's best guess is the teacher's, 1 if the teacher's is among
     the `top` best, and α.
@@ -292,5 +341,5 @@ def chunked_distillation(
     parameters = tuple(p for p in parameters if p.requires_grad)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or bool(parameters))
     return _ChunkedDistillation.apply(
-        hidden, teacher.detach(), weights.float(), how, chunk, needs_grad, *parameters
+        hidden, teacher.detach(), weights.float(), how, chunk, needs_grad, shared, *parameters
     )

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 from adapters.linear import features
 from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate
-from trainer.drafters.distillation import Distillation, chunked_distillation
+from trainer.drafters.distillation import Distillation, Shared, chunked_distillation
 from trainer.drafters.eagle3 import Eagle3, wide_layer
 from trainer.drafters.layers import (
     IndependentGrowth,
@@ -144,19 +144,25 @@ class PEagle(Eagle3):
         at = torch.cat([_places(host), *anchors], dim=1)
         row, slot = counts.nonzero().unbind(1)
         depth, at = depth[slot], at[row, slot]
+        places = row * output.ids.shape[1] + at + 1 + depth
+        shared, order, places = Shared.by_place(places, device)
         weights = torch.tensor(self.weights)[depth]
-        depth, at, row, slot, weights = all_sent(device, depth, at, row, slot, weights)
+        depth, at, row, slot, weights = (part[order] for part in (depth, at, row, slot, weights))
+        depth, at, row, slot, weights, places = all_sent(
+            device, depth, at, row, slot, weights, places
+        )
         z = self.slots(output, target, *(all_sent(device, *part) for part in (anchors, real)))
         how = Distillation(
             self.kind, target.head, self.draft_heads(target), self.vocabulary, self.eta
         )
         total, numbers = chunked_distillation(
             z[row, slot][None],
-            output.hidden[row, at + 1 + depth],
+            output.hidden.flatten(0, 1)[places],
             weights[None],
             how,
             chunk,
             self.head_parameters(),
+            shared,
         )
         # Where nothing counts, all parameters still take part, as DDP needs.
         total = total + 0.0 * (z.float().sum() + self.mask_hidden.float().sum())
