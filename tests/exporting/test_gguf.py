@@ -29,6 +29,7 @@ from tests.toys.commands import exit_code
 from trainer import export
 from trainer.exporting import gguf_lora, gguf_model, gguf_vocabulary
 from trainer.exporting.compare import distance
+from trainer.models.tiny import byte_tokenizer
 
 SIZES = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -177,6 +178,8 @@ def test_what_llama_cpp_cannot_read_is_refused():
         gguf_vocabulary.of(words(other, byte_level(False)), 320)
     with pytest.raises(AdapterError, match="has 260 tokens, and the model 259"):
         gguf_vocabulary.of(words(byte_level()), 259)
+    with pytest.raises(AdapterError, match="tokenizer is BPE without merges"):
+        gguf_vocabulary.of(byte_tokenizer(), 320)
     with pytest.raises(AdapterError, match="does not know models of the type gpt2"):
         gguf_model.family_of(SimpleNamespace(model_type="gpt2"))
     yarn = LlamaConfig(**SIZES, rope_parameters=LLAMA3 | {"rope_type": "yarn"})

@@ -146,13 +146,14 @@ def write_gguf(run: Trained, folder: Path, dtype: str) -> float:
     """
     if run.task.kind == "label":
         raise AdapterError("to=gguf is for models that write text: use to=merged")
-    family = family_of(run.model.config)
+    config: Any = run.model.config
+    family = family_of(config)
+    vocabulary = gguf_vocabulary.of(run.base.load_tokenizer(), config.vocab_size)
     expected = outputs(run.model, run)[-1]
     merged: Any = run.adapter.merge(run.model)
     cast_parameters(merged, torch.float32)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / FILE
-    vocabulary = gguf_vocabulary.of(run.base.load_tokenizer(), merged.config.vocab_size)
     _write(file, merged, family, dtype, vocabulary, Serving.of(run))
     rounded = round_weights(merged, dtype)
     reference = outputs(rounded, run)[-1]
@@ -166,7 +167,7 @@ def write_gguf(run: Trained, folder: Path, dtype: str) -> float:
             f"{FILE}, loaded back by transformers, differs from the merged model with the same"
             f" rounding by {difference:.3g} of the logits' spread (at most {EXACT:g})"
         )
-    if vocabulary.merges:  # without them transformers builds no tokenizer
+    if vocabulary.merges:  # without them transformers builds no sentencepiece tokenizer
         _compare_tokens(run, folder)
     if dtype != "float32":
         agreement = float((expected.argmax(-1) == reference.argmax(-1)).float().mean())

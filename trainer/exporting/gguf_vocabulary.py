@@ -85,6 +85,11 @@ def of(tokenizer: Any, size: int) -> Vocabulary:
     special = {token["id"]: token["special"] for token in content.get("added_tokens") or []}
     words = {number: word for word, number in tokenizer.get_vocab().items()}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if not merges and not sentencepiece:
+        raise AdapterError(
+            "to=gguf: the tokenizer is BPE without merges, and llama.cpp refuses such a file."
+            " Use to=merged, which transformers, vLLM and SGLang load"
+        )
     tokens, kinds = [], []
     for number in range(max(size, max(words.keys() - special.keys(), default=0) + 1)):
         word = words.get(number)
