@@ -26,6 +26,27 @@ def test_every_moved_name_is_one_of_conf_and_no_old_one_is():
     assert not history.MOVED.keys() & forbidden.shipped_targets()
 
 
+def test_lengths_that_were_read_as_whole_steps_are_whole():
+    choices = {"schedule": "multistep", "callbacks": "default", "optimizer": "adamw"}
+    config = {
+        "schedule": {
+            "_target_": "trainer.schedules.multistep.multistep",
+            "warmup": 2.5,
+            "milestones": [20.0, 30],
+            "factors": [0.5, 0.1],
+        },
+        "callbacks": {"evaluation": {"every": 1.0}, "checkpoints": {"every": 0.2}},
+        "optimizer": {"lr": 2.0},
+    }
+    history.complete(config, choices)
+    assert config["schedule"]["warmup"] == 2
+    assert config["schedule"]["milestones"] == [20, 30]
+    every = [config["callbacks"][name]["every"] for name in ("evaluation", "checkpoints")]
+    assert every == [1, 0.2]
+    assert [type(number) for number in every] == [int, float]
+    assert isinstance(config["optimizer"]["lr"], float)
+
+
 ROSA = {"_target_": "adapters.rosa.RoSAAdapter", "warmup_steps": 64}
 
 

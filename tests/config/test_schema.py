@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
@@ -56,6 +57,8 @@ FITS = [
     ("list[float in [0, 1)]", [[0, 0.5]], [[0.5, 1]]),
     ("list[int >= 1 | null]", [[1, None]], [[0]]),
     ("str | list[str]", ["a", ["a", "b"]], [["a", 1], 1, None]),
+    ("int >= 1 | float in (0, 1)", [1, 20, 0.5], [0, 0.0, 1.0, 20.0, 2.5]),
+    ("list[float in (0, 1) | int >= 1]", [[0.5, 2]], [[1.0], [20.0], [0]]),
     ("int >= 1 | str | list[int]", [1, "auto", [0, 1]], [0, [0.5], None]),
 ]
 
@@ -64,6 +67,34 @@ FITS = [
 def test_types_take_what_they_say(type_, good, bad):
     assert [value for value in good if not schema.accepts(value, type_)] == []
     assert [value for value in bad if schema.accepts(value, type_)] == []
+
+
+def test_one_and_the_whole_run_are_told_apart_by_every_length():
+    """1 is one step, and 1.0 is refused with the way out, in each file of conf/."""
+    lengths = {}
+    for file in sorted(schema.CONF.glob("*/*.yaml")):
+        if file.parent.name in ("experiment", "hydra"):
+            continue
+        where = f"{file.parent.name}/{file.stem}"
+        for place, leaf in leaves_of(schema.load(where)):
+            number = schema.accepts(2, leaf.type) and schema.accepts(0.5, leaf.type)
+            if number and re.search(r"or (as )?a fraction of|or a share of them", leaf.doc):
+                lengths[f"{where} {place}"] = leaf
+    assert {"schedule/cooldown cooldown", "schedule/linear warmup", "adapter/rosa mask_steps",
+            "callbacks/default evaluation.every"} <= lengths.keys()  # fmt: skip
+    for place, leaf in lengths.items():
+        assert schema.counts_steps(leaf.type), place
+        assert schema.accepts(1, leaf.type), place
+        (message,) = schema.problems(1.0, leaf, "schedule.warmup")
+        assert "one below 1 a fraction: write 1." in message
+
+
+def leaves_of(table, prefix=""):
+    for key, child in table.children.items():
+        if isinstance(child, schema.Table):
+            yield from leaves_of(child, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", child
 
 
 def test_a_bound_that_cannot_be_read_is_an_error():

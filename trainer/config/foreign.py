@@ -49,7 +49,12 @@ def _wandb(key: str) -> Rule:
 
 def _steps(setting: str) -> Rule:
     """Steps between two events; below one a fraction, as ours; zero or less means never."""
-    return lambda raw, all_: {setting: raw if raw and float(raw) > 0 else None}
+
+    def rule(raw: Any, all_: dict[str, Any]) -> Settings:
+        steps = float(raw or 0)
+        return {setting: None if steps <= 0 else raw if steps < 1 else int(steps)}
+
+    return rule
 
 
 def _each_epoch(setting: str) -> Rule:

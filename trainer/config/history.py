@@ -112,7 +112,8 @@ def complete(plain: dict[str, Any], choices: dict[str, Any]) -> list[str]:
     """Add to a recorded config, in place, the keys that are new since. Return their dotted names.
 
     A new key gets the value in its group's file, a new group the file that conf/config.yaml uses.
-    Moved classes get their new names. `compose.check` refuses what is missing then.
+    Moved classes get their new names, and lengths such as 20.0 are whole steps. `compose.check`
+    refuses what is missing then.
     """
     rename(plain)
     keep_head(plain.get("drafter"))
@@ -124,4 +125,5 @@ def complete(plain: dict[str, Any], choices: dict[str, Any]) -> list[str]:
         table = root_schema(choices)
     except ConfigError:  # `compose.check` raises it again, with the file's name
         return []
+    schema.whole_steps(plain, table)
     return schema.complete(plain, table)

@@ -196,7 +196,28 @@ def _leaf_problems(value: Any, leaf: Leaf, where: str, incomplete: bool) -> list
     choices = [choice for choice in alternatives(leaf.type) if not types.match(choice)]
     close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.6)
     hint = f" Did you mean {close[0]}?" if close else ""
+    if counts_steps(leaf.type) and isinstance(value, float) and value >= 1:
+        hint = f" A whole number is a count, one below 1 a fraction: write {round(value)}."
     return [f"{where} is {value!r}, but must be {leaf.type}.{hint} ({leaf.doc}; {leaf.file})"]
+
+
+def counts_steps(type_: str) -> bool:
+    """Return whether a type takes whole numbers, and below 1 fractions: a length, in most cases in
+    steps of the run."""
+    return accepts(2, type_) and accepts(0.5, type_) and not accepts(2.0, type_)
+
+
+def whole_steps(value: Any, schema: Table) -> None:
+    """Replace, in place, lengths such as 20.0 in a plain mapping by the whole steps that older
+    versions read them as."""
+    for key, child in schema.children.items():
+        item = value.get(key)
+        if isinstance(child, Table) and isinstance(item, dict):
+            whole_steps(item, child)
+        elif isinstance(child, Leaf) and isinstance(item, float) and item >= 1:
+            value[key] = int(item) if counts_steps(child.type) else item
+        elif isinstance(child, Leaf) and isinstance(item, list) and "float in (0, 1)" in child.type:
+            value[key] = [int(one) if isinstance(one, float) and one >= 1 else one for one in item]
 
 
 def _changed_target(value: dict[str, Any], schema: Table, prefix: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def length(value: float, steps: int) -> int:
-    """Return a length in steps. A value below 1 is a fraction of `steps`."""
+    """Return a length in steps. A value below 1 is a fraction of `steps`; conf/ refuses 1.0."""
     return round(value * steps) if value < 1 else int(value)
 
 
