@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config import paths
+from trainer.config import files, paths
 from trainer.config.options import exit_with, option, parse, places
 from trainer.config.shown import say
 
@@ -31,7 +31,7 @@ class Options:
         "compare a run with the cooldowns that branched off it",
         None,
         value="RUN",
-        reads=paths.run_fault,
+        reads=paths.folder_fault,
     )
     out: Path | None = option(
         "the page; null writes none", Path("compare.html"), value="compare.html", writes=True
@@ -44,11 +44,15 @@ class Options:
         """Yield what does not go together, and folders that hold no run."""
         if not self.runs and self.family is None:
             yield "missing: the run folders to compare, as graft compare runs/a runs/b"
+        if self.out is not None and (fault := files.output_fault(self.out)) is not None:
+            yield f"out={self.out}: {fault}"
         for place in map(Path, self.runs):
             if not place.is_dir():
                 yield f"{place}: {paths.run_fault(place)}"
             elif not (place / "run.yaml").exists() and not any(place.glob("*/run.yaml")):
                 yield f"{place}: no run folder, and no folder of runs: there is no run.yaml"
+            elif (place / "run.yaml").exists() and (fault := paths.run_fault(place)):
+                yield f"{place}: {fault}"
 
 
 def main(argv: list[str]) -> int:

@@ -40,7 +40,7 @@ class Options:
     """The options of the command line."""
 
     run: str | None = option(
-        "the run folder", None, value="FOLDER[@last|best|STEP]", reads=paths.run_fault
+        "the run folder", None, value="FOLDER[@last|best|STEP]", reads=paths.saved_fault
     )
     expand: Path | None = option("a compressed adapter to expand", None, value="FOLDER")
     method: Literal["compeft", "dare", "darex_q", "levels"] | None = option("how to compress", None)
@@ -66,8 +66,9 @@ class Options:
         "what to compress of a low-rank pair: both by default for compeft, else B", None
     )
     out: Path | None = option(
-        "the folder to write, by default METHOD in the run folder", None, value="FOLDER"
-    )
+        "the folder to write, by default METHOD in the run folder", None, value="FOLDER",
+        writes="folder",
+    )  # fmt: skip
     evaluate: bool = option("measure the held-out loss before and after", True)
 
     def faults(self) -> Iterator[str]:

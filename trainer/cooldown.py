@@ -48,7 +48,7 @@ class Options:
     force: bool = option("branch off a rate that is falling already", False)
     dry: bool = option("print the commands and run nothing", False)
     family: str | None = option(
-        "print the table of a run's branches", None, value="RUN", reads=paths.run_fault
+        "print the table of a run's branches", None, value="RUN", reads=paths.folder_fault
     )
     overrides: tuple[str, ...] = rest("other settings of the branch", "KEY=VALUE", is_setting)
 
@@ -65,7 +65,7 @@ class Options:
         if self.family is None and parent is None:
             yield "missing: from (or run), the run to branch off, or family"
         for place in branches.places((parent or "").split(",")):
-            if place and (fault := paths.run_fault(place)):
+            if place and (fault := paths.saved_fault(place)):
                 yield f"{key}={place}: {fault}"
         known = schema.load("branch/cooldown").children["shape"].type.split(" | ")
         for shape in self.shape.split(","):

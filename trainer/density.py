@@ -36,7 +36,7 @@ from trainer.config.shown import say
 class Options:
     """The options of the command line."""
 
-    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
+    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.saved_fault)
     compare: bool = option("measure the base as well", True)
     tau: float | None = option("one threshold for all layers", None, value="NUMBER", at_least=0)
     ppl: float = option("the p of PPL-p%; 0 leaves it out", 1.0, at_least=0)

@@ -44,10 +44,10 @@ class Options:
     """The options of the command line."""
 
     run: str = option(
-        "the fine-tuned model", value="FOLDER[@last|best|STEP]", reads=paths.run_fault
+        "the fine-tuned model", value="FOLDER[@last|best|STEP]", reads=paths.saved_fault
     )
     prompts: str = option("a file of prompts, which the model answers", value="FILE")
-    out: Path = option("the folder to write", value="FOLDER", writes=True)
+    out: Path = option("the folder to write", value="FOLDER", writes="folder")
     experiment: Literal[
         "clover_chat",
         "dspark_chat",

@@ -49,7 +49,7 @@ together. compared=N saves time: the other two ways decode N questions only.
 class Options:
     """The options of the command line."""
 
-    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
+    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.saved_fault)
     compare: bool = option("evaluate the base as well", False)
     generate: int = option("answers to generate and grade", 0, at_least=0)
     batch_size: int = option("rows at once", 16, at_least=1)

@@ -47,10 +47,13 @@ Format = Literal[
 class Options:
     """The options of the command line."""
 
-    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
+    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.saved_fault)
     to: Format = option("the format", value="FORMAT")
     out: Path | None = option(
-        "the folder to write, by default one in the run folder", None, value="FOLDER"
+        "the folder to write, by default one in the run folder",
+        None,
+        value="FOLDER",
+        writes="folder",
     )
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = option(
         "dtype of the weights; q8_0 for to=gguf and to=gguf_draft alone", "float32"

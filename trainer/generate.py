@@ -30,7 +30,7 @@ from trainer.config.shown import say
 class Options(DrafterOptions, SamplingOptions):
     """The options of the command line."""
 
-    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
+    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.saved_fault)
     prompt: str | None = option("the question; - reads standard input", None, value="TEXT")
     prompts: str | None = option(
         "a file of prompts", None, value="FILE.jsonl", reads=paths.file_fault

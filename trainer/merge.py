@@ -45,7 +45,7 @@ class Options:
     runs: str = option(
         "the runs, each FOLDER[@last|best|STEP]", value="[RUN,RUN,...]", reads=paths.runs_fault
     )
-    to: Path = option("the folder to write", value="FOLDER")
+    to: Path = option("the folder to write", value="FOLDER", writes="folder")
     method: Method = option("how to merge", "cat")
     weights: str | None = option(
         "weights of the runs, by default 1 / the number of runs; 1 for ties, which take means",

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.config import paths
 from trainer.config.errors import EXIT_BAD_INPUT, bad, explain
 from trainer.config.options import exit_with, option, parse, rest
 from trainer.config.overrides import is_override
@@ -38,7 +39,11 @@ class Options:
     samples: int = option("rows to preview", 2, at_least=0)
     probe: bool = option("load the model and measure two steps on the longest batch", False)
     config_dir: Path | None = option(
-        "a folder with your own experiments", None, key="--config-dir", value="FOLDER"
+        "a folder with your own experiments",
+        None,
+        key="--config-dir",
+        value="FOLDER",
+        reads=paths.config_dir_fault,
     )
     overrides: tuple[str, ...] = rest("the run's config", "KEY=VALUE", is_override)
 
@@ -48,7 +53,7 @@ def main(argv: list[str]) -> int:
     options = parse(Options, list(_as_words(argv)), __doc__, "graft preflight")
     from omegaconf import OmegaConf
 
-    from trainer.config import compose, paths
+    from trainer.config import compose
 
     words = list(options.overrides)
     if options.config_dir:

@@ -25,7 +25,7 @@ from trainer.config.shown import say
 class Options:
     """The options of the command line."""
 
-    run: Path = option("the run folder", value="FOLDER", reads=paths.run_fault)
+    run: Path = option("the run folder", value="FOLDER", reads=paths.folder_fault)
     to: str = option("the repository", value="ORG/NAME")
     part: str | None = option(
         "the folder in the run, by default adapter, else drafter", None, value="NAME"

@@ -41,7 +41,7 @@ class Options:
         "the fine-tuned model",
         key="target.run",
         value="FOLDER[@last|best|STEP]",
-        reads=paths.run_fault,
+        reads=paths.saved_fault,
     )
     name: str | None = option("name of the new run, DRAFT-TARGET by default", None, value="NAME")
     runs: str | None = option(

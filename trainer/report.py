@@ -9,10 +9,11 @@ page needs no network.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config import paths
+from trainer.config import files, paths
 from trainer.config.options import exit_with, option, parse
 from trainer.config.shown import say
 
@@ -21,7 +22,12 @@ from trainer.config.shown import say
 class Options:
     """The options of the command line."""
 
-    run: Path = option("the run folder", value="FOLDER", reads=paths.run_fault)
+    run: Path = option("the run folder", value="FOLDER", reads=paths.folder_fault)
+
+    def faults(self) -> Iterator[str]:
+        """Yield why the report cannot be written."""
+        if self.run.is_dir() and (fault := files.place_fault(self.run)) is not None:
+            yield f"run={self.run}: {fault}, and the report goes there"
 
 
 def main(argv: list[str]) -> int:

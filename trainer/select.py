@@ -36,10 +36,12 @@ class Options:
     """The options of the command line."""
 
     run: str = option(
-        "the run whose model judges", value="FOLDER[@last|best|STEP]", reads=paths.run_fault
+        "the run whose model judges", value="FOLDER[@last|best|STEP]", reads=paths.saved_fault
     )
     to: Path = option("the file to write", value="ROWS.jsonl", writes=True)
-    keep: float = option("rows to keep: a share below 1, or a number", value="0.1", above=0)
+    keep: int | float = option(
+        "rows to keep: their number, or a share below 1", value="0.1", above=0
+    )
     by: Literal["gradient", "transport", "leverage", "perplexity", "random"] = option(
         "how to choose", "gradient"
     )
@@ -60,8 +62,8 @@ class Options:
         """Yield what does not go together."""
         if self.to.suffix != ".jsonl":
             yield f"to={self.to}: expected the name of a .jsonl file"
-        if self.keep >= 1 and self.keep != int(self.keep):
-            yield f"keep={self.keep:g}: expected a share below 1, or a whole number of rows"
+        if isinstance(self.keep, float) and self.keep >= 1:
+            yield f"keep={self.keep}: expected a whole number of rows, or a share below 1"
         if self.by in TARGETED and self.target is None:
             yield f"missing: target=FILE, the rows that by={self.by} chooses for"
         if self.target is not None and self.by not in TARGETED:

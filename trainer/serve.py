@@ -45,7 +45,7 @@ def _runs_fault(text: str) -> str | None:
     if not (inner.startswith("[") and inner.endswith("]")):
         return "expected several runs as [FOLDER,FOLDER]"
     names = [name.strip() for name in inner[1:-1].split(",")]
-    faults = (paths.run_fault(name) for name in names)
+    faults = (paths.saved_fault(name) for name in names)
     return next((fault for fault in faults if fault), None)
 
 
@@ -54,7 +54,7 @@ class Options(GrowthOptions, DrafterOptions):
     """The options of the command line."""
 
     run: str | None = option(
-        "the run folder", None, value="FOLDER[@last|best|STEP]", reads=paths.run_fault
+        "the run folder", None, value="FOLDER[@last|best|STEP]", reads=paths.saved_fault
     )
     runs: str | None = option(
         "several runs of one base", None, value="[FOLDER,FOLDER]", reads=_runs_fault

@@ -23,7 +23,7 @@ from trainer.config.options import exit_with, option, parse
 class Options:
     """The options of the command line."""
 
-    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
+    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.saved_fault)
     spectrum: bool = option(
         "print the effective rank, which takes a singular value decomposition of each dense D",
         True,

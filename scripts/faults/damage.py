@@ -52,11 +52,11 @@ def inject(place: Place, ledger: Ledger) -> None:
             damage,
             every,
             "every checkpoint of this run is damaged",
-            (1,),
+            (2,),
         )
         one(place, ledger, "lora", "the cache of tokens", damage, tokens, None)
         one(place, ledger, "lora", "metrics.jsonl", damage, journal_end, None)
-        one(place, ledger, "lora", "run.yaml", damage, record, None, (1, 2) if cuts else (0, 1, 2))
+        one(place, ledger, "lora", "run.yaml", damage, record, None, (2,) if cuts else (0, 2))
         one(
             place,
             ledger,

@@ -75,6 +75,7 @@ def test_defaults_and_null(tmp_path):
         (["run=a", "strength=x"], "strength=x: expected a number, or auto, or null"),
         (["run=a", "kind=sttic"], "expected one of chain, static. Did you mean static?"),
         (["run=a", "out=/no/where/x"], "out=/no/where/x: there is no folder /no/where"),
+        (["run=a", "out=/"], "out=/: it is a folder, expected the name of a file"),
         (["run=a", "n=9", "compare=true"], "n and compare do not go together"),
     ],
 )

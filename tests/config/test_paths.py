@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from tests.conftest import ROOT, composed, sums, write_rows
-from tests.toys.commands import exit_code
+from tests.toys.commands import RECORD, exit_code, make_run
 from trainer import __main__
-from trainer.config import paths
+from trainer.config import files, paths
 from trainer.config.commands import NAMES
-from trainer.storage import run_folder
+from trainer.storage import door, run_folder
 
 RUN = "nowhere is no run folder: it has no run.yaml"
 FILE = "there is no such file"
@@ -79,17 +80,42 @@ MISSING = {
         "there is no such folder",
     ),
     "study": (["study", "nowhere.yaml"], "there is no such file, or one of"),
+    "a run as a base": ([*SMOKE, "base=hf", "base.path=./past"], "adapter.from=./past continues"),
+    "experiments": (["preflight", *SMOKE, "--config-dir=nowhere"], "there is no such folder"),
+    "a file as a run": (["report", "run=rows.jsonl"], "rows.jsonl is no run folder"),
+    "a checkpoint's report": (["report", "run=past@2"], "reads no checkpoint: give past"),
+    "a step": (["sizes", "run=past@7"], "has no checkpoint '7'; it has the steps 2"),
+    "a name": (["sizes", "run=past@new"], "'new' names no checkpoint: give last, best, or one"),
+    "a file in a file": (["export", "run=past", "to=peft", "out=rows.jsonl/x"], "is no folder"),
+    "a folder as a file": (["doctor", "json=past"], "json=past: it is a folder, expected the name"),
+    "a page": (["compare", "past", "out=past"], "out=past: it is a folder, expected the name"),
 }  # fmt: skip
+NO_RECORD = "half/run.yaml is not a run's record: name is missing"
+UNSAVED = "it has the steps none. The run has not saved one yet, or had callbacks.checkpoints=null"
+READERS = [
+    "evaluate", "evaluate speculation", "generate", "speculate", "respond", "draft", "cooldown",
+    "export", "compress", "ensemble", "merge", "select", "serve", "serve several", "sizes",
+    "density",
+]  # fmt: skip
+for name in [*READERS, "report", "compare", "push", "family"]:
+    words = [word.replace("nowhere@10", "nowhere") for word in MISSING[name][0]]
+    MISSING[f"{name}: half"] = ([word.replace("nowhere", "half") for word in words], NO_RECORD)
+    if name in READERS:
+        unsaved = [word.replace("nowhere", "unsaved") for word in words]
+        MISSING[f"{name}: unsaved"] = (unsaved, UNSAVED)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current folder, with a file of rows and what a run's folder is known by."""
+    """The current folder, with a file of rows, a run's folder, one without a checkpoint, and one
+    whose record is not whole."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     write_rows(tmp_path / "rows.jsonl", sums(4))
-    (tmp_path / "past").mkdir()
-    (tmp_path / "past" / "run.yaml").write_text("id: 0\n")
+    make_run(tmp_path / "past")
+    for name, text in (("unsaved", RECORD), ("half", "id: a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.yaml").write_text(text)
     return tmp_path
 
 
@@ -108,7 +134,8 @@ def test_what_is_missing_is_said_before_anything_heavy(folder, monkeypatch, capf
     monkeypatch.setattr(sys, "argv", ["graft", *words])
     assert exit_code(__main__.run_words, words) == 2
     assert said in capfd.readouterr().err
-    left = [path for path in folder.rglob("*") if path.name not in ("runs", "past")]
+    kept = ("runs", "past", "unsaved", "half", "checkpoints")
+    left = [path for path in folder.rglob("*") if path.name not in kept]
     assert [path for path in left if path.is_dir()] == []
     assert not before or sorted(p for p in folder.iterdir() if p.name != "runs") == before
 
@@ -145,7 +172,7 @@ def test_every_command_is_among_them():
     assert commands >= {*NAMES} - {"completion", "doctor", "schema", "submit"}
 
 
-@pytest.mark.parametrize("case", ["train", "export"])
+@pytest.mark.parametrize("case", ["train", "export: unsaved"])
 def test_it_takes_no_torch(folder, case):
     """In a process of its own: `run` is not needed to see that nothing imports it."""
     words, said = words_of(case)
@@ -177,11 +204,24 @@ def test_a_job_is_queued_with_a_warning(folder, monkeypatch, capsys):
 
 def test_a_misspelt_run_is_suggested(folder):
     (folder / "runs" / "quickstart").mkdir(parents=True)
-    (folder / "runs" / "quickstart" / "run.yaml").write_text("")
+    (folder / "runs" / "quickstart" / "run.yaml").write_text(RECORD)
     assert paths.run_fault("runs/quikstart@best") == (
         "runs/quikstart is no run folder: it has no run.yaml. Did you mean runs/quickstart?"
     )
     assert paths.run_fault("runs/quickstart@best") is None
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    assert files.place_fault(tmp_path / "a" / "b") is None
+    assert files.output_fault(tmp_path / "a") is None
+    assert files.output_fault(Path("/dev/null")) is None
+    monkeypatch.setattr(files.os, "access", lambda place, mode: False)
+    wanted = f"the folder {tmp_path} cannot be written"
+    assert files.place_fault(tmp_path / "a" / "b") == wanted
+    assert files.output_fault(tmp_path / "a") == wanted
+    assert files.output_fault(Path("/dev/null")) == "it cannot be written"
+    with pytest.raises(run_folder.FolderError, match=r"cannot be written\. Choose another place"):
+        door.refuse_existing(tmp_path / "a", "out=FOLDER")
 
 
 def test_a_cache_that_cannot_be_written_is_a_problem(tmp_path, monkeypatch):

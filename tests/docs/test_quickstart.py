@@ -10,6 +10,7 @@ import subprocess
 import pytest
 
 from tests.conftest import ROOT
+from tests.toys.commands import make_run
 from trainer.config.options import parse
 
 
@@ -30,8 +31,7 @@ def test_it_names_the_report_and_commands_that_exist(ending, tmp_path, monkeypat
     folder = f"runs/{name.group(1)}"
     assert f"The report: {folder}/report.html" in ending
     monkeypatch.chdir(tmp_path)
-    (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / folder / "run.yaml").write_text("id: 0\n")
+    make_run(tmp_path / folder)
     lines = [shlex.split(line) for line in ending.splitlines() if line.startswith("  graft ")]
     assert [words[1] for words in lines] == ["generate", "serve", "compare"]
     for _, verb, *words in lines:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tasks.reading import DataError
 from tests.conftest import sums, write_rows
-from tests.toys.commands import exit_code
+from tests.toys.commands import exit_code, make_run
 from trainer import speculate
 from trainer.assembly import trained as trained_module
 from trainer.data.render import Renderer
@@ -298,7 +298,7 @@ def test_a_search_measures_this_machine(trained, shown, tmp_path):
 def test_a_bad_tree_says_what_is_wrong(tmp_path, capsys, content, message):
     file = tmp_path / "tree.json"
     file.write_text(content)
-    (tmp_path / "run.yaml").touch()
+    make_run(tmp_path)
     assert speculate.main([f"run={tmp_path}", "prompt=x", "tree=static", f"paths={file}"]) == 2
     assert message in capsys.readouterr().err
 
@@ -497,7 +497,7 @@ def test_what_cannot_be_decoded_says_why(trained, capsys, kind, arguments, messa
 def test_a_run_that_cannot_draft_is_refused_before_its_model_is_loaded(
     tmp_path, monkeypatch, capsys, content, message
 ):
-    (tmp_path / "run.yaml").touch()
+    make_run(tmp_path)
     monkeypatch.setattr(run_folder, "read", lambda path: (None, content, "best"))
     monkeypatch.setattr(trained_module, "load_trained", None)
     assert speculate.main([f"run={tmp_path}", "prompt=x"]) == 2

@@ -100,7 +100,7 @@ def test_an_older_folder_gets_its_card(run, hub):
 )
 def test_what_must_not_leave_is_refused_by_name(run, hub, capsys, tmp_path, file, content, message):
     (run / "adapter" / file).write_text(content.replace("{tmp}", str(tmp_path)))
-    assert exit_code(push.main, [f"run={run}", *TO, "yes=true"]) == 1
+    assert exit_code(push.main, [f"run={run}", *TO, "yes=true"]) == 2
     assert message in capsys.readouterr().err
     assert not hub.requests
 
@@ -109,18 +109,23 @@ def test_what_must_not_leave_is_refused_by_name(run, hub, capsys, tmp_path, file
 def test_a_secret_in_the_metadata_of_weights_is_refused(run, hub, capsys):
     file = run / "adapter" / "adapter_model.safetensors"
     save_file({"a": torch.zeros(1)}, file, {"note": SECRET})
-    assert exit_code(push.main, [f"run={run}", *TO, "yes=true"]) == 1
+    assert exit_code(push.main, [f"run={run}", *TO, "yes=true"]) == 2
     assert "secret in its metadata" in capsys.readouterr().err
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("status", "message"),
-    [(401, "set HF_TOKEN"), (403, "set HF_TOKEN"), (400, "refuses team/mine")],
+    ("status", "message", "code"),
+    [
+        (401, "set HF_TOKEN", 2),
+        (403, "set HF_TOKEN", 2),
+        (400, "refuses team/mine", 2),
+        (501, "refuses team/mine", 1),
+    ],
 )
-def test_a_hub_that_refuses_is_one_line(run, hub, capsys, status, message):
+def test_a_hub_that_refuses_is_one_line(run, hub, capsys, status, message, code):
     hub.status = status
-    assert exit_code(push.main, [f"run={run}", *TO, "yes=true"]) == 1
+    assert exit_code(push.main, [f"run={run}", *TO, "yes=true"]) == code
     shown = capsys.readouterr().err
     assert message in shown
     assert "Traceback" not in shown

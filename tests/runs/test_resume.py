@@ -15,7 +15,8 @@ import yaml
 
 from tests.conftest import ROOT, sums, write_rows
 from tests.toys.power_cuts import PowerCut, cut_at, outcome
-from trainer.session import start_point
+from trainer.session import failures, report_html, start_point
+from trainer.session.session import Session
 from trainer.storage import checkpoints, journal
 from trainer.storage.checkpoints import CheckpointError
 
@@ -132,6 +133,7 @@ def test_another_config_is_refused(train_in, stopped, changed, named):
     with pytest.raises(CheckpointError, match="cannot be resumed as this one") as refusal:
         train_in(folder, *settings, changed, "resume=auto")
     assert named in str(refusal.value)
+    assert failures.explained(refusal.value, {}) == (str(refusal.value), 2)
 
 
 def test_a_run_of_an_older_version_goes_on(train, chats, monkeypatch, caplog):
@@ -189,8 +191,9 @@ def test_a_constant_run_can_be_made_longer(train, chats):
 
 
 def test_a_finished_run_is_left_alone(train, chats):
-    settings = (*COMMON, "report=true")
+    settings = COMMON
     run = train(f"task.path={chats}", *settings)
+    assert not (run / "report.html").exists()
     before = (run / "metrics.jsonl").read_text()
     recorded = yaml.safe_load((run / "run.yaml").read_text())
     assert train(f"task.path={chats}", *settings, "resume=auto") == run
@@ -200,6 +203,23 @@ def test_a_finished_run_is_left_alone(train, chats):
     recorded["config"]["task"]["path"] = str(moved)
     assert yaml.safe_load((run / "run.yaml").read_text()) == recorded
     assert (run / "metrics.jsonl").read_text() == before
+    del recorded["finished"]  # an older version, which had the report alone to go by
+    (run / "run.yaml").write_text(yaml.safe_dump(recorded))
+    (run / "report.html").touch()
+    train(f"task.path={moved}", *settings, "resume=auto")
+    assert yaml.safe_load((run / "run.yaml").read_text()) == recorded
+
+
+def test_a_report_does_not_finish_a_run(train, chats, monkeypatch):
+    settings = (f"task.path={chats}", *COMMON, "max_steps=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "save_results", lambda *_: (_ for _ in ()).throw(PowerCut))
+        with pytest.raises(PowerCut):
+            train(*settings)
+    run = chats.parent / "runs" / "smoke"
+    report_html.write(run)
+    train(*settings, "resume=auto")
+    assert (run / "adapter").exists()
 
 
 def start(python, tmp_path, rows, *extra):

@@ -206,8 +206,8 @@ def test_a_cold_adapter_says_nothing(warm):
     [
         (["keep=0.1"], "missing: target=FILE, the rows that by=gradient chooses for"),
         (["keep=0.1", "by=random", "target=eval"], "target=eval has no effect with by=random"),
-        (["keep=1.5", "by=random"], "keep=1.5: expected a share below 1, or a whole number"),
-        (["keep=0", "by=random"], "keep=0: expected a number, above 0"),
+        (["keep=1.0", "by=random"], "keep=1.0: expected a whole number of rows, or a share"),
+        (["keep=0", "by=random"], "keep=0: expected a whole number, above 0, or a number"),
         (["keep=5", "by=random", "dims=64"], "dims=64 has no effect with by=random"),
         (["keep=5", "by=random", "to=x.csv"], "to=x.csv: expected the name of a .jsonl file"),
         (["keep=5", "by=loss"], "by=loss: expected one of gradient"),

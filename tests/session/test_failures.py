@@ -23,7 +23,7 @@ from trainer.models.base import BaseError
 from trainer.models.losses import NonFinite
 from trainer.session import failures
 from trainer.session.session import Unfinished
-from trainer.storage.checkpoints import CheckpointError
+from trainer.storage.checkpoints import CheckpointError, UnusableCheckpoint
 from trainer.storage.run_folder import FolderError
 
 
@@ -51,7 +51,8 @@ EXPLAINED = {
     "adapter": (raising(AdapterError("said")), 2, "said"),
     "download": (raising(FetchError("said")), 2, "said"),
     "folder": (raising(FolderError("said")), 2, "said"),
-    "checkpoint": (raising(CheckpointError("said")), 1, "said"),
+    "a checkpoint not written": (raising(CheckpointError("said")), 1, "said"),
+    "another run's checkpoint": (raising(UnusableCheckpoint("said")), 2, "said"),
     "NaN": (raising(NonFinite("3 steps in a row")), 1, "3 steps in a row"),
     "no memory for torch": (huge, 1, "These settings need less memory: batch_size=4 accumulate=2"),
     "no memory for Python": (

@@ -53,7 +53,10 @@ def test_a_full_disk_leaves_no_rest(tmp_path, monkeypatch, kind):
 def test_the_advice_fits_the_command():
     full = OSError(errno.ENOSPC, "No space left on device", "/x/y")
     assert failures.explained(full, {"seed": 0})[0].endswith("resume with resume=auto")
-    assert failures.explained(full, {})[0].endswith("run the command again")
+    assert failures.explained(full, {}, command=True)[0].endswith("run the command again")
+    closed = OSError(errno.EACCES, "Permission denied", "/x/y")
+    assert failures.explained(closed, {"seed": 0})[1] == 1  # amid a run
+    assert failures.explained(closed, {"seed": 0}, command=True)[1] == 2
     library = RuntimeError("I/O error: No space left on device (os error 28)")
     assert failures.explained(library, {})[1] == 1
     assert unwritable(RuntimeError("another")) is None
@@ -68,7 +71,7 @@ def test_what_a_command_writes_after_its_work(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         exit_with(main)
     message = capsys.readouterr().err
-    assert end.value.code == 1
+    assert end.value.code == 2
     assert "/x/result.json cannot be read or written: Read-only file system" in message
     assert "Traceback" not in message
 

@@ -11,6 +11,7 @@ import shutil
 import pytest
 
 from tests.conftest import ROOT
+from tests.toys.commands import exit_code
 from trainer import export, report
 from trainer.session import report_html
 from trainer.storage import checkpoints, door, journal
@@ -132,7 +133,7 @@ def test_the_best_checkpoint_is_not_guessed(run, caplog):
     (folder / "best.json").write_text("[]")
     with pytest.raises(CheckpointError, match="so it is not known which step is the best one"):
         checkpoints.chosen(folder, "best")
-    assert export.main([f"run={run}@best", "to=peft"]) == 1
+    assert export.main([f"run={run}@best", "to=peft"]) == 2
     with caplog.at_level(logging.WARNING):
         checkpoints.set_damaged_aside(folder)
     assert (folder / "best.json.damaged").read_text() == "[]"
@@ -160,7 +161,7 @@ def test_a_record_of_another_shape_is_refused_by_every_reader(run, place, value,
     content = yaml.safe_load((run / "run.yaml").read_text())
     content[place] = yaml.safe_load(value)
     (run / "run.yaml").write_text(yaml.safe_dump(content))
-    code, message = report.main([f"run={run}"]), capsys.readouterr().err
+    code, message = exit_code(report.main, [f"run={run}"]), capsys.readouterr().err
     assert code == 2 or value != "null"
     assert code == 0 or f"{run / 'run.yaml'} is not a run's record" in message
     if code == 0:  # what the place may hold

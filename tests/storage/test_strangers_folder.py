@@ -9,6 +9,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from tests.toys.commands import exit_code
 from tests.toys.hostile import hostile_files
 from trainer import evaluate, export, generate
 from trainer.session import report_html
@@ -55,9 +56,11 @@ def folder(train, chats, stored, tmp_path):
 
 
 VERBS = {
-    "generate": lambda place: generate.main([f"run={place}", "prompt=x", "max_new_tokens=1"]),
-    "evaluate": lambda place: evaluate.main([f"run={place}"]),
-    "export": lambda place: export.main([f"run={place}", "to=merged"]),
+    "generate": lambda place: exit_code(
+        generate.main, [f"run={place}", "prompt=x", "max_new_tokens=1"]
+    ),
+    "evaluate": lambda place: exit_code(evaluate.main, [f"run={place}"]),
+    "export": lambda place: exit_code(export.main, [f"run={place}", "to=merged"]),
 }
 
 

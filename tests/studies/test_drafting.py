@@ -10,7 +10,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from tests.conftest import ROOT, composed, sums, write_rows
-from tests.toys.commands import exit_code
+from tests.toys.commands import exit_code, make_run
 from trainer import draft
 from trainer.config import commands
 from trainer.config.errors import ConfigError
@@ -21,9 +21,7 @@ from trainer.studies import drafting, drafting_page
 
 def options(tmp_path, *more):
     """Options of a command, with a run and prompts that exist."""
-    run = tmp_path / "tuned"
-    run.mkdir(exist_ok=True)
-    (run / "run.yaml").touch()
+    run = make_run(tmp_path / "tuned")
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "1 + 1?"}])
     return [f"run={run}", f"prompts={prompts}", f"out={tmp_path / 'out'}", *more]
 

@@ -98,7 +98,7 @@ def attach(config: dict[str, Any], adapter: Adapter, model: nn.Module, start: St
     """Attach the run's adapter, in a new run with `adapter.from` with the weights from there.
 
     Raises:
-        AdapterError, FolderError, CheckpointError: they do not fit, or cannot be read.
+        AdapterError, FolderError, UnusableCheckpoint: they do not fit, or cannot be read.
     """
     path = config["adapter"].get("from")
     if path is None or start.saved is not None:

@@ -60,7 +60,7 @@ def load_tuned(
     A run that continues keeps the step that it `recorded`, though another one is the best now.
 
     Raises:
-        FolderError, CheckpointError: the folder or its checkpoint cannot be used, or is another
+        FolderError, UnusableCheckpoint: the folder or its checkpoint cannot be used, or is another
         one.
     """
     folder, content, which = run_folder.read(path)
@@ -69,7 +69,7 @@ def load_tuned(
     source = checkpoints.chosen(folder / "checkpoints", which)
     record = checkpoint_record(folder, content["id"], source)
     if sha256 is not None and record["sha256"] != sha256:
-        raise checkpoints.CheckpointError(
+        raise checkpoints.UnusableCheckpoint(
             f"{source.path} is not the checkpoint that the drafter was trained for: it has changed"
             " since. Restore it, or train a drafter for it: graft realign"
         )
@@ -162,7 +162,7 @@ def load_trained(
     `load_base` takes the arguments of Base.load, and may return a model that is loaded already.
 
     Raises:
-        FolderError, CheckpointError, BaseError: the folder, its checkpoint or its base cannot be
+        FolderError, UnusableCheckpoint, BaseError: the folder, its checkpoint or its base cannot be
         used.
     """
     folder, content, which = run_folder.read(path)

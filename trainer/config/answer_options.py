@@ -22,7 +22,7 @@ class TargetOptions:
 
     base: str | None = option("the target: a base of conf/base", None, value="NAME")
     run: str | None = option(
-        "or a run", None, value="FOLDER[@last|best|STEP]", reads=paths.run_fault
+        "or a run", None, value="FOLDER[@last|best|STEP]", reads=paths.saved_fault
     )
 
     def faults(self) -> Iterator[str]:
@@ -72,7 +72,7 @@ class DrawingOptions(SamplingOptions):
 class AnswerOptions(DrawingOptions, PromptOptions, TargetOptions):
     """The options of graft respond."""
 
-    out: Path = option("the folder to write", value="FOLDER")
+    out: Path = option("the folder to write", value="FOLDER", writes="folder")
     batch_size: int = option("conversations at once", 16, at_least=1)
     template: tuple[str, ...] = rest(
         "options of the chat template",

@@ -150,7 +150,7 @@ class GrowthOptions:
 class MeasureOptions(GrowthOptions, DrafterOptions, SamplingOptions):
     """The measurement of decoding with a drafter, and its prompts."""
 
-    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
+    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.saved_fault)
     prompts: str | None = option(
         "a file of prompts", None, value="FILE.jsonl", reads=paths.file_fault
     )

@@ -14,7 +14,7 @@ from trainer.config.secrets import redact
 from trainer.config.shown import say
 
 PANIC = "PanicException"  # of the Rust code in tokenizers; it is no Exception
-EXIT_BAD_INPUT = 2  # config or data; see docs/config.md, exit codes
+EXIT_BAD_INPUT = 2  # config or data; see docs/troubleshooting.md, exit codes
 
 
 class ConfigError(ValueError):
@@ -93,6 +93,13 @@ def full_disk(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno in full) or (
         "No space left on device" in str(error)
     )
+
+
+def code_of(error: BaseException) -> int:
+    """Return the exit code of a command that ends in an error of `unwritable`: 2 if the user chose
+    a place that cannot be written, 1 if the disk is full or broken."""
+    disk = (errno.EFBIG, errno.EIO)
+    return 1 if full_disk(error) or getattr(error, "errno", None) in disk else EXIT_BAD_INPUT
 
 
 def cache_dir() -> Path:

@@ -95,3 +95,25 @@ def _opened(path: Path, flags: int) -> int:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is no regular file: remove it", str(path))
     return descriptor
+
+
+def place_fault(path: Path) -> str | None:
+    """Say why a folder cannot be created, or a file not written into it. The folders above it need
+    not exist."""
+    above = next((place for place in (path, *path.parents) if os.path.lexists(place)), None)
+    if above is not None and not above.is_dir():
+        return f"{above} is no folder"
+    if above is not None and not os.access(above, os.W_OK | os.X_OK):
+        return f"the folder {above} cannot be written"
+    return None
+
+
+def output_fault(file: Path) -> str | None:
+    """Say why a file that a command line names cannot be written."""
+    if file.is_dir():
+        return "it is a folder, expected the name of a file"
+    if file.parts[:2] in (("/", "dev"), ("/", "proc")):
+        return None if os.access(file, os.W_OK) else "it cannot be written"
+    if not file.parent.is_dir():
+        return f"there is no folder {file.parent}"
+    return place_fault(file.parent)

@@ -33,13 +33,13 @@ class HarnessOptions:
     """The options of the command line, with harness=TASKS."""
 
     harness: str = option("names of lm-eval's tasks and groups", value="TASK,TASK")
-    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
+    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.saved_fault)
     include: str | None = option(
         "further tasks, as YAML files; they may run code", None, value="FOLDER",
         reads=paths.task_folder_fault,
     )  # fmt: skip
-    limit: float | None = option(
-        "rows of each task, below 1 a share; default all", None, value="NUMBER", above=0
+    limit: int | float | None = option(
+        "rows of each task, or below 1 a share of them; default all", None, value="NUMBER", above=0
     )
     num_fewshot: int | None = option(
         "solved examples in a prompt; default what the task says", None, value="NUMBER", at_least=0
@@ -58,8 +58,8 @@ class HarnessOptions:
         """Yield what does not go together."""
         if not self.names:
             yield f"harness={self.harness}: expected names of tasks, as arc_easy,hellaswag"
-        if self.limit is not None and self.limit > 1 and self.limit % 1:
-            yield f"limit={self.limit:g}: expected whole rows, or a share below 1"
+        if isinstance(self.limit, float) and self.limit >= 1:
+            yield f"limit={self.limit}: expected whole rows, or a share below 1"
 
     @property
     def names(self) -> tuple[str, ...]:

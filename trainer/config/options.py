@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from trainer.config.errors import PANIC, bad, panicked, unwritable
+from trainer.config import files
+from trainer.config.errors import PANIC, bad, code_of, panicked, unwritable
 from trainer.config.secrets import redact, redact_logs
 from trainer.config.shown import protect_console, say
 
@@ -44,7 +45,7 @@ def option(
     *,
     value: str = "",
     key: str = "",
-    writes: bool = False,
+    writes: bool | Literal["folder"] = False,
     reads: Callable[[str], str | None] | None = None,
     **limits: float | None,
 ) -> Any:
@@ -54,7 +55,7 @@ def option(
         text: what it does, for --help.
         value: how --help writes its value, if it has no default to show.
         key: its name on the command line, if that is no name of a field.
-        writes: it is a file to write, whose folder must exist.
+        writes: it is a file to write, whose folder must exist, or a folder.
         reads: it is a path to read; returns what is wrong with it, as trainer.config.paths does.
         limits: at_least, above, at_most or below, of a number.
     """
@@ -184,8 +185,10 @@ def _checked(text: str, hint: Any, metadata: Any) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if number and not all(BOUNDS[name](value, bound) for name, bound in bounds.items()):
         raise ValueError(f"expected {_expected(hint, bounds)}")
-    if metadata["writes"] and isinstance(value, Path) and not value.parent.is_dir():
-        raise ValueError(f"there is no folder {value.parent}")
+    if metadata["writes"] and isinstance(value, Path):
+        check = files.place_fault if metadata["writes"] == "folder" else files.output_fault
+        if (fault := check(value)) is not None:
+            raise ValueError(fault)
     return value
 
 
@@ -315,7 +318,7 @@ def exit_with(main: Callable[[list[str]], int]) -> NoReturn:
             code = bad(panicked(error))
         elif (message := unwritable(error)) is not None:
             bad(message)
-            code = 1
+            code = code_of(error)
         else:  # as Python prints it, without secrets, and its text may be of a stranger
             say(redact(traceback.format_exc()), end="", file=sys.stderr)
             code = 1

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer.config import run_record
 from trainer.config.errors import ConfigError, cache_dir, full_disk, unusable_cache
 from trainer.config.target_base import split
 
@@ -86,6 +87,12 @@ def file_fault(path: str | Path) -> str | None:
     return None if file.is_file() else f"there is no such file (the current folder is {Path.cwd()})"
 
 
+def config_dir_fault(path: str | Path) -> str | None:
+    """Say what is wrong with a folder of experiments."""
+    there = Path(path).expanduser().is_dir()
+    return None if there else f"there is no such folder (the current folder is {Path.cwd()})"
+
+
 def task_folder_fault(path: str | Path) -> str | None:
     """Say what is wrong with a folder of lm-eval's tasks."""
     folder = Path(path).expanduser()
@@ -106,6 +113,11 @@ def base_fault(path: str) -> str | None:
     place = Path(path).expanduser()
     if path.endswith(".gguf"):
         return None if place.is_file() else f"base.path={path!r}: there is no such file"
+    if (place / "run.yaml").exists():
+        return (
+            f"base {path!r} is a run folder, and no model: adapter.from={path} continues its"
+            " adapter, and graft export to=merged makes a model of it"
+        )
     return f"base {path!r}: {NO_BASE}" if looks_local(path) and not place.is_dir() else None
 
 
@@ -119,12 +131,30 @@ def run_fault(path: str | Path) -> str | None:
     """Say what is wrong with `FOLDER` or `FOLDER@last|best|STEP`, the form in which commands name a
     run."""
     folder, _ = split(str(path))
-    if (folder / "run.yaml").exists():
-        return None
+    try:
+        if run_record.read(folder / "run.yaml") is not None:
+            return None
+    except ValueError as error:
+        return str(error)
     runs = [file.parent.name for file in folder.parent.glob("*/run.yaml")]
     close = difflib.get_close_matches(folder.name, runs, n=1, cutoff=0.6)
     hint = f". Did you mean {folder.parent / close[0]}?" if close else ""
     return f"{folder} is no run folder: it has no run.yaml{hint}"
+
+
+def folder_fault(path: str | Path) -> str | None:
+    """Say what is wrong with a run's folder, for a command that reads no checkpoint."""
+    folder = Path(path).expanduser()
+    alone = split(str(path))[0]
+    if not folder.exists() and (alone / "run.yaml").exists():
+        return f"this command reads no checkpoint: give {alone}"
+    return run_fault(path)
+
+
+def saved_fault(path: str | Path) -> str | None:
+    """Say what is wrong with a run, or that it has no checkpoint of this name."""
+    folder, which = split(str(path))
+    return run_fault(path) or run_record.no_checkpoint(folder / "checkpoints", which or "last")
 
 
 def listed(text: str) -> list[str]:
@@ -134,8 +164,8 @@ def listed(text: str) -> list[str]:
 
 
 def runs_fault(text: str) -> str | None:
-    """Name the first entry of a list that is no run folder, and the reason."""
-    return next((fault for run in listed(text) if (fault := run_fault(run))), None)
+    """Name the first entry of a list whose checkpoint cannot be read, and the reason."""
+    return next((fault for run in listed(text) if (fault := saved_fault(run))), None)
 
 
 def drafter_folder(path: str) -> tuple[Path, str | None]:

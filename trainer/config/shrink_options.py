@@ -32,7 +32,7 @@ TAKEN = ("base", "task", "max_length", "overlong", "batch_size", "tokenise_proce
 class ShrinkOptions:
     """The options of graft shrink."""
 
-    to: Path = option("the folder to write, which must not exist", value="FOLDER")
+    to: Path = option("the folder to write, which must not exist", value="FOLDER", writes="folder")
     method: Literal["magnitude", "wanda", "sparsegpt", "drop_layers", "narrow", "slice"] = option(
         "how to shrink", value="METHOD"
     )

@@ -44,7 +44,12 @@ CLIENTS = ("httpx", "httpcore", "httpx2", "httpcore2")
 
 
 class UploadError(RuntimeError):
-    """The folder cannot be uploaded. The message says why and how to fix it."""
+    """The folder cannot be uploaded as it is, or not by this user. The message says how to fix
+    it."""
+
+
+class HubError(RuntimeError):
+    """The Hub fails or cannot be reached."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +237,7 @@ def push(planned: Plan, private: bool) -> str:
     address.
 
     Raises:
-        UploadError: the Hub refuses, or cannot be reached.
+        UploadError: the Hub refuses. HubError: it fails, or cannot be reached.
     """
     api = HfApi()
     operations = [
@@ -252,14 +257,15 @@ def push(planned: Plan, private: bool) -> str:
                 f"the Hub does not let you write to {planned.repo} ({reason}): set HF_TOKEN to a"
                 " token with write access, or run: hf auth login"
             ) from None
-        raise UploadError(f"the Hub refuses {planned.repo}: {reason}") from None
+        kind = HubError if status is None or status >= 500 or status == 429 else UploadError
+        raise kind(f"the Hub refuses {planned.repo}: {reason}") from None
     except huggingface_hub.errors.OfflineModeIsEnabled:
         raise UploadError("HF_HUB_OFFLINE is set: unset it to upload") from None
     except (OSError, ValueError, RuntimeError) as error:
         cause = f" {error.__cause__}" if error.__cause__ is not None else ""
-        raise UploadError(f"the upload to {planned.repo} failed: {error}{cause}") from None
+        raise HubError(f"the upload to {planned.repo} failed: {error}{cause}") from None
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in CLIENTS:
             raise
-        raise UploadError(f"the Hub cannot be reached: {error or type(error).__name__}") from None
+        raise HubError(f"the Hub cannot be reached: {error or type(error).__name__}") from None
     return str(commit.repo_url)

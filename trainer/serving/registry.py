@@ -39,7 +39,7 @@ class Registry:
                 "lora_name",
             )
         try:
-            fault = paths.run_fault(path)
+            fault = paths.saved_fault(path)
         except (OSError, ValueError) as error:  # a name that no folder can have
             fault = str(error)
         if fault is not None:

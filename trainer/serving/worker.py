@@ -69,7 +69,7 @@ class Task:
         """Return an error as a response."""
         if isinstance(error, ApiError) or out_of_memory(error):
             return explained(error)
-        known = failures.explained(error, {})
+        known = failures.explained(error, {}, command=True)
         return ApiError(400, known[0]) if known else explained(error)
 
 
@@ -251,7 +251,7 @@ def explained(error: BaseException) -> ApiError:
         return ApiError(
             503, "out of memory: shorten the prompt, or lower max_tokens", code="out_of_memory"
         )
-    known = failures.explained(error, {})
+    known = failures.explained(error, {}, command=True)
     if known is None:
         log.error("a request failed", exc_info=error)
     return ApiError(500, f"the request failed: {known[0] if known else type(error).__name__}")

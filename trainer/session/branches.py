@@ -56,7 +56,7 @@ def arguments(branch: Branch, more: list[str]) -> tuple[str, list[str]]:
     """Return (name, arguments of `graft`) of one branch.
 
     Raises:
-        ConfigError, FolderError, CheckpointError: the branch does not fit the run.
+        ConfigError, FolderError, UnusableCheckpoint: the branch does not fit the run.
     """
     from trainer.config.errors import ConfigError
     from trainer.config.overrides import is_inherited

@@ -1,5 +1,5 @@
-"""Errors that a user can fix, as one message without a traceback. docs/config.md lists the exit
-codes."""
+"""Errors that a user can fix, as one message without a traceback. docs/troubleshooting.md lists
+the exit codes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ import torch
 from adapters.delta import AdapterError
 from tasks.reading import DataError
 from tasks.wheel import FetchError
-from trainer.config.errors import EXIT_BAD_INPUT, PANIC, ConfigError, panicked, unwritable
+from trainer.config.errors import (
+    EXIT_BAD_INPUT,
+    PANIC,
+    ConfigError,
+    code_of,
+    panicked,
+    unwritable,
+)
 from trainer.config.secrets import redact
 from trainer.config.shown import say
 from trainer.data.chat_template import Refused
 from trainer.data.loader import LoadingError, killed
 from trainer.drafters import DrafterError
-from trainer.exporting.upload import UploadError
+from trainer.exporting.upload import HubError, UploadError
 from trainer.models.base import BaseError
 from trainer.models.losses import NonFinite
 from trainer.session import smaller
-from trainer.storage.checkpoints import CheckpointError, NoSuchCheckpoint
+from trainer.storage.checkpoints import CheckpointError, UnusableCheckpoint
 from trainer.storage.run_folder import FolderError
 from trainer.training.out_of_memory import TooLarge, out_of_memory
 
@@ -36,14 +43,18 @@ _BAD_INPUT = (
     DrafterError,
     FetchError,
     FolderError,
-    NoSuchCheckpoint,
     Refused,
+    UnusableCheckpoint,
+    UploadError,
 )
-_FAULTS = (CheckpointError, LoadingError, NonFinite, UploadError)
+_FAULTS = (CheckpointError, HubError, LoadingError, NonFinite)
 
 
-def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] | None:
-    """Return (message, exit code) of an error that has an explanation; None if it has none."""
+def explained(
+    error: BaseException, config: dict[str, Any], command: bool = False
+) -> tuple[str, int] | None:
+    """Return (message, exit code) of an error that has an explanation; None if it has none. A
+    `command` is done again; a run is resumed."""
     if isinstance(error, _BAD_INPUT):
         return str(error), EXIT_BAD_INPUT
     if isinstance(error, _FAULTS):
@@ -66,9 +77,9 @@ def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] |
     if out_of_memory(error):
         first = str(error).partition("\n")[0] or type(error).__name__
         return f"out of memory: {first}\n{smaller.advice(config)}", 1
-    fix = "resume with resume=auto" if config else "run the command again"
+    fix = "run the command again" if command else "resume with resume=auto"
     if (text := unwritable(error, fix)) is not None:
-        return text, 1
+        return text, code_of(error) if command else 1
     return None
 
 
@@ -88,7 +99,7 @@ def lost(error: BaseException) -> bool:
 def report_and_exit_code(error: Exception, config: dict[str, Any] | None = None) -> int:
     """Print an error's explanation and return the exit code, for the commands. An unexplained error
     is raised again."""
-    explanation = explained(error, config or {})
+    explanation = explained(error, config or {}, command=True)
     if explanation is None:
         raise error
     say(redact(explanation[0]), file=sys.stderr)

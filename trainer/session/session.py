@@ -179,7 +179,7 @@ class Session:
         """Find out where the run starts; rank 0 decides.
 
         Raises:
-            CheckpointError, FolderError: see trainer.session.start_point.
+            UnusableCheckpoint, FolderError: see trainer.session.start_point.
         """
         identity = recipe.identity(self.choices)
         if self.config["threads"] == "auto" and self.lightning_trainer.world_size == 1:
@@ -198,11 +198,9 @@ class Session:
             if start.ended is not None:
                 record_places(self.run_folder, self.config)
         if start.ended is not None:
-            log.info(
-                "this run %s; nothing is left to do. Its report: %s",
-                start.ended,
-                self.run_folder.path / "report.html",
-            )
+            report = self.run_folder.path / "report.html"
+            place = f"report: {report}" if report.exists() else f"folder: {report.parent}"
+            log.info("this run %s; nothing is left to do. Its %s", start.ended, place)
         return start
 
     def record(self, recipe: Recipe, start: StartPoint) -> None:
@@ -300,12 +298,14 @@ class Session:
             results.save(self.run_folder, self.run_yaml, recipe, module, self.callbacks)
 
     def report(self) -> float | None:
-        """Write report.html and print the held-out numbers. Return the last loss, for sweeps."""
+        """Write report.html, print the held-out numbers, and record that the run is finished.
+        Return the last loss, for sweeps."""
         if self.is_rank0:
             results.show(self.journal)
             if self.config["report"]:
                 report_html.write(self.run_folder.path)
                 log.info("report: %s", self.run_folder.path / "report.html")
+            self.run_folder.finish()
         return self.last_loss()
 
     def last_loss(self) -> float | None:

@@ -23,7 +23,7 @@ from trainer.schedules import factor
 from trainer.schedules.cooldown import RuntimeCooldown
 from trainer.session import same_step
 from trainer.storage import atomic, checkpoints, run_folder
-from trainer.storage.checkpoints import Checkpoint, CheckpointError
+from trainer.storage.checkpoints import Checkpoint, UnusableCheckpoint
 from trainer.storage.journal import Journal, read_lines
 from trainer.storage.run_folder import RunFolder, rollbacks_of
 
@@ -73,8 +73,8 @@ def find_start_point(folder: RunFolder, recipe: Recipe, identity: dict[str, Any]
     """Decide where the run in `folder` starts. For a branch this copies the parent's checkpoint.
 
     Raises:
-        CheckpointError, FolderError: the folder or the parent holds a run with other settings, or
-        is damaged.
+        UnusableCheckpoint, FolderError: the folder or the parent holds a run with other settings,
+        or is damaged.
     """
     earlier = folder.earlier()
     if earlier is None:
@@ -90,6 +90,8 @@ def find_start_point(folder: RunFolder, recipe: Recipe, identity: dict[str, Any]
         earlier,
         drops_cooldown=drops_cooldown,
     )
+    if not folder.is_finished(earlier):
+        return start
     return replace(start, ended=_ended(folder, start.step, recipe))
 
 
@@ -107,8 +109,8 @@ def branch_off(
     parent as run.yaml records it, and the copied checkpoint.
 
     Raises:
-        FolderError, CheckpointError: the parent or its checkpoint cannot be used, or is a run with
-        other settings.
+        FolderError, UnusableCheckpoint: the parent or its checkpoint cannot be used, or is a run
+        with other settings.
     """
     step = config["branch"]["step"]
     path, content, _ = run_folder.read(config["branch"]["run"])
@@ -118,14 +120,14 @@ def branch_off(
     )
     differences += _identity_differences(content["identity"], identity)
     if differences:
-        raise CheckpointError(
+        raise UnusableCheckpoint(
             f"{path} cannot be branched off with other settings:\n  " + "\n  ".join(differences)
         )
     if changed(path, {"train": content["identity"]["data"]["train"]}, identity["data"]):
         log.info("from step %d on, this branch trains on other rows than its parent", step)
     fault = checkpoints.fault(source)
     if fault is not None:
-        raise CheckpointError(f"{source.path} cannot be used: {fault}")
+        raise UnusableCheckpoint(f"{source.path} cannot be used: {fault}")
     parent = {
         "id": content["id"],
         "run": str(path.resolve()),
@@ -182,8 +184,8 @@ def _checkpoint_to_resume(
     restarts from before its cooldown.
 
     Raises:
-        CheckpointError, FolderError: the folder holds another run, or its checkpoints or its record
-        are damaged.
+        UnusableCheckpoint, FolderError: the folder holds another run, or its checkpoints or its
+        record are damaged.
     """
     run_folder.complete(earlier, folder.file)
     recorded = earlier["identity"]
@@ -218,7 +220,7 @@ def _checkpoint_to_resume(
     if done > steps:
         differences.append(f"steps: {done} are done, {steps} are requested")
     if differences:
-        raise CheckpointError(
+        raise UnusableCheckpoint(
             f"{folder.path} holds another run, which cannot be resumed as this one:\n  "
             + "\n  ".join(differences)
             + "\nGive its settings, or another name="
@@ -286,10 +288,8 @@ def _extended(stopped: dict[str, Any], steps: int, max_time: float | None) -> bo
 
 
 def _ended(folder: RunFolder, done: int, recipe: Recipe) -> str | None:
-    """Say how an earlier start of this run ended it for good; None if it did not."""
+    """Say how a finished run ended; None if it has more steps or more time now."""
     steps, max_time = recipe.steps, recipe.config["max_time"]
-    if not (folder.path / "report.html").exists():
-        return None
     if done >= steps:
         return f"has done its {steps} steps"
     for row in Journal(folder.path, [], False).rows("stopped"):

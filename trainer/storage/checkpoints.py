@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from tasks.wheel import sha256
+from trainer.config import run_record
 from trainer.storage import atomic, door
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,11 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read. The message says which, why, and what is left."""
 
 
-class NoSuchCheckpoint(CheckpointError):
+class UnusableCheckpoint(CheckpointError):
+    """The checkpoint that the user asks for is missing, damaged, or another run's."""
+
+
+class NoSuchCheckpoint(UnusableCheckpoint):
     """The run has no checkpoint of the name that the user gave."""
 
 
@@ -137,8 +142,7 @@ def _system_error(error: BaseException | None) -> OSError | None:
 def complete(folder: Path) -> list[Checkpoint]:
     """Return the checkpoints that have a manifest, oldest first. Files of an
     interrupted save are not among them."""
-    names = (re.fullmatch(r"step-(\d{8})\.json", path.name) for path in folder.glob("step-*.json"))
-    return sorted(Checkpoint.at(folder, int(match.group(1))) for match in names if match)
+    return [Checkpoint.at(folder, step) for step in run_record.saved_steps(folder)]
 
 
 def fault(checkpoint: Checkpoint) -> str | None:
@@ -164,7 +168,7 @@ def newest(folder: Path) -> Checkpoint | None:
     skipped with a warning.
 
     Raises:
-        CheckpointError: there are checkpoints, and all are damaged. Starting from scratch would
+        UnusableCheckpoint: there are checkpoints, and all are damaged. Starting from scratch would
             then be a guess.
     """
     saved = complete(folder)
@@ -176,7 +180,7 @@ def newest(folder: Path) -> Checkpoint | None:
         log.warning("%s is damaged (%s) and was skipped", checkpoint.path.name, reason)
         faults.append(f"{checkpoint.path}: {reason}")
     if saved:
-        raise CheckpointError(
+        raise UnusableCheckpoint(
             "every checkpoint of this run is damaged:\n"
             + "\n".join(faults)
             + "\nRestore one, or start from scratch with another name="
@@ -189,18 +193,18 @@ def load(checkpoint: Checkpoint) -> dict[str, Any]:
     pickled code runs.
 
     Raises:
-        CheckpointError: it is damaged or missing.
+        UnusableCheckpoint: it is damaged or missing.
     """
     reason = fault(checkpoint)
     if reason is not None:
-        raise CheckpointError(f"{checkpoint.path} cannot be used: {reason}")
+        raise UnusableCheckpoint(f"{checkpoint.path} cannot be used: {reason}")
     try:
         return torch.load(checkpoint.path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         # torch's own message advises to load it all the same
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f": it names {named[1]}, which could run code" if named else ""
-        raise CheckpointError(
+        raise UnusableCheckpoint(
             f"{checkpoint.path} cannot be used: it is no checkpoint of tensors and plain data{what}"
         ) from None
 
@@ -246,7 +250,7 @@ def marked(folder: Path, name: str) -> Checkpoint | None:
     None if there is no such file.
 
     Raises:
-        CheckpointError: the file is damaged.
+        UnusableCheckpoint: the file is damaged.
     """
     file = folder / f"{name}.json"
     try:
@@ -254,7 +258,7 @@ def marked(folder: Path, name: str) -> Checkpoint | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise CheckpointError(
+        raise UnusableCheckpoint(
             f"{file} is damaged ({door.reason(error)}), so it is not known which step is the {name}"
             " one: name a step instead, as in RUN@STEP"
         ) from error
@@ -265,20 +269,16 @@ def chosen(folder: Path, which: str) -> Checkpoint:
 
     Raises:
         NoSuchCheckpoint: there is none. The message lists the steps that there are.
-        CheckpointError: the checkpoints, or best.json, are damaged.
+        UnusableCheckpoint: the checkpoints, or best.json, are damaged.
     """
+    if (fault := run_record.no_checkpoint(folder, which)) is not None:
+        raise NoSuchCheckpoint(fault)
+    if which.isdecimal():
+        return Checkpoint.at(folder, int(which))
+    best = marked(folder, "best") if which == "best" else None
+    checkpoint = best or newest(folder)
     saved = complete(folder)
-    steps = ", ".join(str(checkpoint.step) for checkpoint in saved) or "none"
-    if which == "last":
-        checkpoint = newest(folder)
-    elif which == "best":
-        checkpoint = marked(folder, "best") or newest(folder)
-    elif which.isdecimal():
-        checkpoint = Checkpoint.at(folder, int(which))
-    else:
-        raise NoSuchCheckpoint(
-            f"{which!r} names no checkpoint: give last, best, or one of the steps {steps}"
-        )
     if checkpoint is None or checkpoint not in saved:
+        steps = ", ".join(str(checkpoint.step) for checkpoint in saved) or "none"
         raise NoSuchCheckpoint(f"{folder} has no checkpoint {which!r}; it has the steps {steps}")
     return checkpoint

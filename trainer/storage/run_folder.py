@@ -30,15 +30,15 @@ import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config import compose, files, history, limits, run_name, target_base
+from trainer.config import compose, files, history, run_name, run_record, target_base
 from trainer.config.errors import ConfigError
+from trainer.config.run_record import rollbacks_of as rollbacks_of
 from trainer.config.secrets import redact
 from trainer.storage import door
 from trainer.storage.atomic import write_text
@@ -92,22 +92,10 @@ FREE = (
 LENGTHS = ("max_steps", "max_epochs", "max_tokens")
 
 
+_TIME = "%Y-%m-%dT%H:%M:%S%z"
 TEMPLATE = "chat_template.jinja"  # transformers' names for the file, and for those next to it
 MORE_TEMPLATES = "additional_chat_templates"
 TRUSTED = "GRAFT_TRUST_REMOTE_CODE"  # allows the commands to run a model's own code
-
-# of a run.yaml; what else a command needs, it checks itself
-_ROLLBACKS = [{"at": int, "steps": int, "*": object}]
-_RECORD: dict[str, Any] = {
-    "id": str,
-    "name": str,
-    "overrides": [str],
-    "identity": {"choices": dict, "steps?": (int, NoneType), "*": object},
-    "starts": [dict],
-    "config": dict,
-    "parent?": (dict, NoneType),
-    "rollbacks?": _ROLLBACKS,
-}
 
 
 class RunFolder:
@@ -174,25 +162,10 @@ class RunFolder:
         Raises:
             FolderError: there is one and it cannot be read.
         """
-        if not self.file.exists():
-            return None
         try:
-            content = limits.load_yaml(self.file)
-        except (OSError, UnicodeDecodeError, limits.LimitExceeded, yaml.YAMLError) as error:
-            raise FolderError(f"{self.file} cannot be read: {error}") from None
-        fault = door.mismatch(content, _RECORD)
-        if fault is None and not content["starts"]:
-            fault = "starts is empty"
-        if fault is None and content.get("parent") is not None:
-            parent = {"run": str, "step": int, "rollbacks?": _ROLLBACKS}
-            fault = door.mismatch(content["parent"], parent, "parent")
-        if fault is None and any(
-            min(back["at"], back["steps"]) < 0 for back in rollbacks_of(content)
-        ):
-            fault = "a rollback has a negative number"
-        if fault is not None:
-            raise FolderError(f"{self.file} is not a run's record: {fault}")
-        return content  # type: ignore[no-any-return]
+            return run_record.read(self.file)
+        except ValueError as error:
+            raise FolderError(str(error)) from None
 
     def record(
         self,
@@ -208,7 +181,7 @@ class RunFolder:
         the parent that it branched off. `answer_ends` is from trainer.data.ends.record,
         `machine` the threads and kernels that a resumed run takes again."""
         start = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "time": time.strftime(_TIME),
             "command": redact(
                 shlex.join([Path(sys.argv[0]).parent.name or sys.argv[0], *sys.argv[1:]])
             ),
@@ -224,6 +197,7 @@ class RunFolder:
             "overrides": overrides,
             "identity": identity,
             "answer_ends": answer_ends or {},
+            "finished": None,
             **(machine or {}),
             "starts": [*(earlier["starts"] if earlier else []), start],
             "config": plain,
@@ -237,6 +211,18 @@ class RunFolder:
         """Record that the run has gone back: `at` which step it resumes, and how many it skips."""
         content: Any = self.earlier()
         rewrite(self.file, content | {"rollbacks": [*rollbacks_of(content), rollback]})
+
+    def finish(self) -> None:
+        """Record that the run is finished: its steps are done and its results are written."""
+        content: Any = self.earlier()
+        rewrite(self.file, content | {"finished": time.strftime(_TIME)})
+
+    def is_finished(self, content: dict[str, Any]) -> bool:
+        """Return whether the run of a run.yaml is finished. Older versions recorded it nowhere:
+        their runs have a report then, if they were to write one."""
+        if "finished" in content:
+            return content["finished"] is not None
+        return (self.path / "report.html").exists()
 
 
 def rewrite(file: Path, content: dict[str, Any]) -> None:
@@ -253,13 +239,6 @@ def write_template(folder: Path, template: str | dict[str, str] | None) -> None:
             file = folder / (TEMPLATE if name == "default" else f"{MORE_TEMPLATES}/{name}.jinja")
             file.parent.mkdir(exist_ok=True)
             write_text(file, text)
-
-
-def rollbacks_of(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rollbacks that a run.yaml records, a branch's those of its parent first."""
-    if "rollbacks" in content:
-        return list(content["rollbacks"])
-    return list((content.get("parent") or {}).get("rollbacks", []))
 
 
 def use_template(folder: Path, task: Any) -> None:
