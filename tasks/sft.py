@@ -9,6 +9,7 @@ A generated answer is graded against the row's last assistant message.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -74,7 +75,18 @@ class SFT:
                     row, format_, self.columns, self.system, where, self.weight_column
                 )
             except DataError as error:
-                yield Bad(where, str(error))
+                yield Bad(where, self._another(row, format_) or str(error))
+
+    def _another(self, row: dict[str, Any], format_: str) -> str:
+        """Return why a row in another format than the first is refused, "" for other rows."""
+        with contextlib.suppress(DataError):
+            own = conversation.detect(row, self.columns)
+            if self.format == "auto" and own != format_:
+                return (
+                    f"its columns are of the format {own}, and those of the first row of {format_}:"
+                    " give each format a file of its own, as parts of task=mixture"
+                )
+        return ""
 
     def fingerprint(self, split: str) -> str:
         weight = weight_fingerprint(self.weight_column)

@@ -4,11 +4,15 @@ these ways."""
 from __future__ import annotations
 
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
+from scripts.zoo.families_decoder import COMMON, EXPERTS
+from scripts.zoo.making import spread
 from trainer.models.base import Base, BaseError
 from trainer.models.packing_check import check_packing_isolation
 
@@ -80,3 +84,47 @@ def test_one_token_that_rounding_turns_over_is_no_other_row(tiny):
     check_packing_isolation(Counting(False), tiny)
     with pytest.raises(BaseError, match="packed rows see each other"):
         check_packing_isolation(Counting(True), tiny)
+
+
+class Blocks(Carrying):
+    """Rows of their own in the first block of 32 tokens, as where keys are chosen by block."""
+
+    def forward(self, input_ids, position_ids=None, use_cache=False):
+        x = super().forward(input_ids).logits
+        return namedtuple("Output", "logits")(torch.cat([x[:, :32], x[:, 32:] + x[:, :1]], dim=1))
+
+
+def config_of(*kinds):
+    config = SimpleNamespace(vocab_size=32, layer_types=list(kinds))
+    config.get_text_config = lambda: config
+    return SimpleNamespace(config=config, path="here")
+
+
+def test_layers_that_choose_keys_are_checked_at_the_runs_own_length():
+    model = Blocks(0.0)
+    sparse = config_of("full_attention", "minimax_m3_sparse")
+    check_packing_isolation(model, sparse)  # a few tokens do not show it
+    with pytest.raises(BaseError, match="packed rows see each other"):
+        check_packing_isolation(model, sparse, 128)
+    check_packing_isolation(Carrying(0.0), sparse, 128)
+    check_packing_isolation(model, config_of("full_attention", "sliding_attention"), 128)
+
+
+@pytest.mark.long
+def test_packed_rows_of_block_sparse_attention_are_refused_beyond_a_block():
+    config = transformers.AutoConfig.for_model(
+        "minimax_m3_vl_text",
+        **(COMMON | EXPERTS),
+        layer_types=["full_attention", "minimax_m3_sparse"],
+        index_block_size=16,
+        index_topk_blocks=4,
+        index_n_heads=2,
+        index_head_dim=8,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    spread(model)
+    base = SimpleNamespace(config=config, path="here")
+    check_packing_isolation(model, base, 15)
+    with pytest.raises(BaseError, match="packed rows see each other"):
+        check_packing_isolation(model, base, 128)

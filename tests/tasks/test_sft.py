@@ -52,7 +52,7 @@ def test_the_first_readable_row_decides_on_the_format(tmp_path):
     assert first == Bad(f"{file}:1", "not JSON: Expecting value at column 1")
     assert second.messages[1] == {"role": "assistant", "content": "0!"}
     assert third.where == f"{file}:3"
-    assert third.reason.startswith("no column 'prompt'; the row has: messages")
+    assert third.reason.startswith("its columns are of the format messages, and those of the first")
 
 
 def test_a_file_of_no_known_format_is_an_error_at_once(tmp_path):

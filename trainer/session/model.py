@@ -91,7 +91,7 @@ def load_model(recipe: Recipe, start: StartPoint, folder: Path | None) -> Loaded
         if start.fresh and not recipe.sharded:
             check_decoding(model, drafter)
     if config["packing"]:
-        check_packing_isolation(model, recipe.base)
+        check_packing_isolation(model, recipe.base, config["max_length"])
     if config["objective"]["context_window"] is not None:
         check_context(model, recipe.base)
     if config["compile"]:
