@@ -24,10 +24,12 @@ def targets(
     """Return the linear layers to adapt, by name.
 
     `entries` is `all-linear` (all layers that text goes through, but the output layer), a list of
-    name endings, or a regular expression for whole names.
+    name endings, or a regular expression for whole names. `all-linear` leaves out layers that share
+    one weight, as the blocks of Zamba 2 do, since one weight cannot hold two corrections.
 
     Raises:
-        AdapterError: an entry matches no linear layer. The message lists the layers of the model.
+        AdapterError: an entry matches no linear layer, or layers that share a weight. The message
+            lists the layers of the model.
     """
     head = output_layer(model)
     untargeted = tuple(f"{name}." for name in new_modules) or ("\0",)  # \0 starts no name
@@ -36,9 +38,14 @@ def targets(
         for name, module in model.named_modules()
         if is_linear(module) and not f"{name}.".startswith(untargeted)
     ]
+    shared = _sharing(linears)
     if entries == "all-linear":
         reached = trained_by_text(model)
-        chosen = [(n, layer) for n, layer in linears if layer is not head and reached(n)]
+        chosen = [
+            (n, layer)
+            for n, layer in linears
+            if layer is not head and n not in shared and reached(n)
+        ]
     elif isinstance(entries, str):
         chosen = _matching(entries, linears)
     else:
@@ -52,7 +59,22 @@ def targets(
             f"adapter.target_modules={entries!r} without {exclude!r} leaves no linear layer."
             f" {_choices(linears)}"
         )
+    if named := next((name for name, _ in chosen if name in shared), None):
+        raise AdapterError(
+            f"adapter.target_modules={entries!r} has {named}, which has one weight together with"
+            f" {shared[named]}, and an adapter would be two corrections of it: leave such layers"
+            " out by exclude_modules, or use all-linear"
+        )
     return chosen
+
+
+def _sharing(linears: NamedLayers) -> dict[str, str]:
+    """Return the layers whose weight is that of another one too, each with the other's name."""
+    by_weight: dict[int, list[str]] = {}
+    for name, layer in linears:
+        by_weight.setdefault(id(layer.weight), []).append(name)
+    groups = [names for names in by_weight.values() if len(names) > 1]
+    return {name: names[-1] if name == names[0] else names[0] for names in groups for name in names}
 
 
 def _matching(pattern: str, linears: NamedLayers) -> NamedLayers:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from adapters.delta import Start
+from adapters.errors import AdapterError
 from adapters.linear import is_linear
 from adapters.reached import text_part
 from adapters.targets import targets
@@ -118,3 +119,15 @@ def test_a_tiny_layer_without_an_entry_is_left_out():
     assert [name for name, _ in adapter._large_enough(linears)] == ["large"]
     adapter.density = 0.07  # of 16 entries: one
     assert [name for name, _ in adapter._large_enough(linears)] == ["small", "large"]
+
+
+def test_layers_that_share_a_weight_get_no_adapter():
+    model = model_of("llama")
+    names = [name for name, _ in targets(model, "all-linear")]
+    first, second = (layer.self_attn.q_proj for layer in model.model.layers)
+    second.weight = first.weight
+    left = [name for name, _ in targets(model, "all-linear")]
+    assert sorted(set(names) - set(left)) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    with pytest.raises(AdapterError, match=r"has one weight together with model\.layers\.1\."):
+        targets(model, ["q_proj"])
+    assert len(targets(model, ["q_proj", "k_proj"], ["q_proj"])) == 2
