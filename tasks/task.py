@@ -12,6 +12,9 @@ from typing import Any, Protocol
 from tasks import reading, sources
 from tasks.reading import Bad, DataError
 
+# Columns of the rows that graft respond writes, which say how an answer came about.
+MARKS = {"row": int, "cut": bool, "inexact": bool}
+
 
 @dataclass
 class Conversation:
@@ -44,11 +47,14 @@ class Read(dict[str, Any]):
         return super().get(name, default)
 
     def unread(self) -> list[str]:
-        """Return the columns that were not read and hold something."""
+        """Return the columns that were not read and hold something that a user may miss."""
         return [
             name
             for name, value in self.items()
-            if name not in self.names and value is not None and value != ""
+            if name not in self.names
+            and value is not None
+            and value != ""
+            and type(value) is not MARKS.get(name)
         ]
 
 

@@ -172,6 +172,9 @@ def test_columns_that_nothing_reads_are_named():
     own = answered()
     own["messages"].insert(0, {"role": "system", "content": "s"})
     assert converted(own | {"system": "other"}).unread == ("column 'system'",)
+    marks = {"row": 7, "cut": True, "inexact": True}  # of graft respond
+    assert converted(own | marks).unread == ()
+    assert converted(own | {"row": "a text", "cut": 3}).unread == ("column 'row'", "column 'cut'")
 
 
 def test_variables_of_the_template_are_a_column():
