@@ -1,7 +1,8 @@
 """Weights with their deltas merged for a while, as decoding reads them.
 
 While a model writes, token by token, the two small products of each LoRA layer cost as much as
-their calls do. Merged layers are as fast as the base.
+their calls do, and decoding's own kernels compute plain layers only. Merged layers are as fast as
+the base.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -21,17 +23,21 @@ SPARE = 4  # merged weights may take a fourth of the free memory
 
 
 @contextlib.contextmanager
-def folded(model: nn.Module, available: float = float("inf")) -> Iterator[int]:
-    """Merge the deltas of a model's linear layers into copies of their weights, and yield how many
-    layers were merged. At the end each layer has its own weight again, bit for bit: the tensor was
-    only set aside. Layers that are quantised, shared, on a GPU or switched off are not merged, nor
-    are corrections that no weight holds. No layer is merged if the copies need too much of the
-    `available` bytes of memory."""
+def folded(model: nn.Module, available: float | None = None) -> Iterator[int]:
+    """Merge the deltas of a model's linear layers into copies of their weights, put these layers
+    where the adapted ones were, and yield how many were merged. At the end each layer is in its
+    place with its own weight again, bit for bit: the tensor was only set aside. Layers that are
+    quantised, shared, on a GPU or switched off are not merged, nor are corrections that no weight
+    holds. No layer is merged if the copies need too much of the `available` bytes of memory; None
+    asks the machine."""
+    if available is None:
+        available = psutil.virtual_memory().available
     layers = _layers(model)
     needed = sum(layer.base.weight.nbytes for layer in layers)
     if needed * SPARE > available:
         layers = []
     plain: list[tuple[AdaptedLinear, Tensor]] = []
+    places = _places(model, layers)
     try:
         for layer in layers:
             layer.delta.take_out(layer.base)
@@ -40,13 +46,28 @@ def folded(model: nn.Module, available: float = float("inf")) -> Iterator[int]:
             with torch.no_grad():
                 merged = layer.delta.weight(float_weight(layer.base)).to(weight.dtype)
             weight.data = merged.contiguous()
-            layer.forward = layer.base.forward  # type: ignore[method-assign]
+        for parent, name, layer in places:
+            parent._modules[name] = layer.base
         yield len(layers)
     finally:
+        for parent, name, layer in places:
+            parent._modules[name] = layer
         for layer, weight in plain:
-            vars(layer).pop("forward", None)
             layer.base.weight.data = weight
             layer.delta.fold_in(layer.base)
+
+
+def _places(
+    model: nn.Module, layers: list[AdaptedLinear]
+) -> list[tuple[nn.Module, str, AdaptedLinear]]:
+    """Return where the layers are, as (parent, name, layer)."""
+    chosen = {id(layer) for layer in layers}
+    return [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if isinstance(child, AdaptedLinear) and id(child) in chosen
+    ]
 
 
 def _layers(model: nn.Module) -> list[AdaptedLinear]:

@@ -40,8 +40,7 @@ Each prompt is decoded three times, one sequence at a time: by transformers' gen
 decoder without the drafter, and with it. The table shows tau (tokens of a target pass, including
 the target's own), the acceptance of each draft position (conditional, and over all passes that
 verified a draft), and the speed-up (new tokens per second over another way's, including the
-prompt's pass). Intervals are 95 % of bootstraps over the questions, with all turns of a question
-together. compared=N saves time: the other two ways decode N questions only.
+prompt's pass). Intervals are 95 % of bootstraps over the questions, all turns of one together.
 """
 
 
@@ -79,9 +78,7 @@ class SpeculationOptions(MeasureOptions):
     )
     heldout: int = option("held-out conversations to ask without a file", 16, at_least=1)
     each: int = option("questions of each category, 0 for all", 0, at_least=0)
-    compared: int = option(
-        "questions that the other two ways decode as well, spread evenly; 0 for all", 0, at_least=0
-    )
+    compared: int = option("questions that all ways decode, spread evenly; 0: all", 0, at_least=0)
     max_new_tokens: int = option("most tokens of an answer", 128, at_least=2)
     plot: Path | None = option("draw the result", None, value="FILE.svg", writes=True)
 
@@ -140,9 +137,7 @@ def _speculation(argv: list[str]) -> int:
 
     quiet.quiet()
     try:
-        summary = drafter_measures.by_category(
-            options, options.each, _report_progress, options.compared
-        )
+        summary = drafter_measures.by_category(options, options.each, _report, options.compared)
     except Exception as error:
         return failures.report_and_exit_code(error)
     for part in speedup_report.categories_report(summary):
@@ -167,7 +162,7 @@ def _harness(argv: list[str]) -> int:
     return 0
 
 
-def _report_progress(text: str) -> None:
+def _report(text: str) -> None:
     say(text, file=sys.stderr, flush=True)
 
 

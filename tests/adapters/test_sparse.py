@@ -778,35 +778,6 @@ def test_on_a_tied_output_layer_the_embedding_stays(tmp_path):
     torch.testing.assert_close(toys.logits(loaded).double(), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("expected", [["first", "second"], ["first"], ["second"]])
-def test_layers_that_share_a_weight(expected):
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = (
-                nn.Linear(16, 16, dtype=torch.float64),
-                nn.Linear(16, 16, dtype=torch.float64),
-            )
-            self.second.weight = self.first.weight
-
-    torch.manual_seed(2)
-    plain = Two()
-    adapter, model = attached(copy.deepcopy(plain), target_modules=expected, density=0.2)
-    x = torch.randn(5, 16, dtype=torch.float64)
-    for name in ("first", "second"):
-        adapted, y = model.get_submodule(name), plain.get_submodule(name)(x)
-        if name in expected:
-            dense = torch.zeros(256, dtype=torch.float64)
-            dense[adapted.delta.indices.long()] = adapted.delta.values.detach()
-            y = y + x @ dense.view(16, 16).T + 1.5 * x @ adapted.delta.A.T @ adapted.delta.B.T
-        torch.testing.assert_close(adapted(x), y, rtol=0, atol=1e-12)
-    with adapter.disabled(model):
-        assert all(
-            torch.equal(model.get_submodule(n)(x), plain.get_submodule(n)(x))
-            for n in ("first", "second")
-        )
-
-
 # quantised bases
 
 

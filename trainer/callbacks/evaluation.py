@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import lightning
-import psutil
 
 from adapters.folded import folded
 from trainer.callbacks import RunState, every_steps, stop_requested
@@ -231,7 +230,7 @@ class Evaluation(lightning.Callback):
         stop = self._stop(trainer, module)
         count = max(self._graded(module.step), self.samples)
         some = replace(held_out, prompts=held_out.prompts[:count])
-        with folded(module.model, psutil.virtual_memory().available):
+        with folded(module.model):
             return answers(
                 module.model, some, self.batch_size, self.max_new_tokens, module.device, stop
             )
@@ -242,7 +241,7 @@ class Evaluation(lightning.Callback):
         """Let lm-eval measure the model, on rank 0; None if a signal to stop interrupted it."""
         if not trainer.is_global_zero and not isinstance(trainer.strategy, Sharded):
             return {}
-        with folded(module.model, psutil.virtual_memory().available):
+        with folded(module.model):
             return benchmarks.measure(module, self._stop(trainer, module))
 
     def _stop(self, trainer: lightning.Trainer, module: Any) -> Callable[[], bool]:

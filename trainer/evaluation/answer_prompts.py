@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from adapters.folded import folded
 from trainer.assembly.build import instantiate
 from trainer.config.answer_options import AnswerOptions
 from trainer.config.options import values_of
@@ -80,7 +81,8 @@ def write(work: Work) -> None:
     """Answer the conversations that the folder lacks, batch by batch."""
     folder = work.folder
     write_template(folder.path, work.responder.renderer.template)
-    with Progress("respond", len(work.rows), "conversations", done=len(folder.done)) as progress:
+    progress = Progress("respond", len(work.rows), "conversations", done=len(folder.done))
+    with folded(work.responder.model), progress:
         for batch in prompts.batches(work.rows, work.options.batch_size, folder.done):
             folder.add(responses.respond(work.responder, batch, work.options))
             progress.advance(len(batch))

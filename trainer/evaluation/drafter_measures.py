@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from adapters.folded import folded
 from trainer.config.decoding_options import MeasureOptions
 from trainer.decoding.sampling import Sampling
 from trainer.evaluation import decode_ways, questions, speedup, tree_search
@@ -35,9 +36,10 @@ def by_category(
     ways = Ways(run, drafter, prompts.stops, options.max_new_tokens, _sampling(options), strategy)
     if chosen is None:
         chosen = questions.held_out_questions(run, options.heldout)
-    answers, left_out = decode_ways.answer_questions(
-        ways, prompts, chosen, run.base.longest, report, compared
-    )
+    with folded(run.model):
+        answers, left_out = decode_ways.answer_questions(
+            ways, prompts, chosen, run.base.longest, report, compared
+        )
     summary = speedup.summary_by_category(answers, left_out, options.temperature)
     return options.recorded("drafter") | asdict(drafts) | summary
 
@@ -53,7 +55,8 @@ def by_prompt(options: MeasureOptions, prompt: str | None, batch_size: int) -> d
     run, drafter = load_run_and_drafter(options.run, options)
     prompts, stops = questions.prompt_ids(run, options.heldout, file or _one(prompt))
     ways = Ways(run, drafter, stops, options.max_new_tokens, _sampling(options), strategy)
-    results = decode_ways.decode_in_batches(ways, prompts, batch_size)
+    with folded(run.model):
+        results = decode_ways.decode_in_batches(ways, prompts, batch_size)
     summary = speedup.summary_of_prompts(results, batch_size, options.temperature)
     return options.recorded("count", "tree", "policy") | summary
 
@@ -72,7 +75,8 @@ def search(options: MeasureOptions, prompt: str | None) -> dict[str, Any]:
     limits = tree_search.SearchLimits(
         options.size, options.top_k, options.count, options.max_new_tokens
     )
-    result = tree_search.search_tree(run, drafter, prompts, stops, limits)
+    with folded(run.model):
+        result = tree_search.search_tree(run, drafter, prompts, stops, limits)
     if options.paths and result["paths"]:
         text = json.dumps(result["paths"]) + "\n"
         atomic.write_output(Path(options.paths).expanduser(), text)

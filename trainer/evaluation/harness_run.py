@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from adapters.folded import folded
 from adapters.full import Full
 from trainer.assembly.trained import Trained, load_trained
 from trainer.config.errors import ConfigError
@@ -66,7 +67,8 @@ def measure(run: str, settings: harness.Settings, compare: bool) -> Measured:
 def _as(name: str, trained: Trained, device: torch.device) -> Any:
     """Yield the base, or the adapted model."""
     if name == "adapted":
-        yield trained.model
+        with folded(trained.model):
+            yield trained.model
     elif isinstance(trained.adapter, Full):  # it has no base to switch back to
         dtype = next(trained.model.parameters()).dtype
         yield trained.base.load(dtype, None, device).eval()

@@ -10,6 +10,7 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from adapters.folded import folded
 from trainer import drafters
 from trainer.assembly.build import instantiate
 from trainer.assembly.rows import add_prompts, load_held_out
@@ -71,7 +72,8 @@ def run_metrics(
                 values = losses(loss, part, batch_size, device)
                 graded = None
                 if part.prompts:
-                    graded = answers(trained.model, part, batch_size, max_new_tokens, device)
+                    with folded(trained.model):
+                        graded = answers(trained.model, part, batch_size, max_new_tokens, device)
                     values |= means(graded or [])
                 if rows is not None and name == "adapted":
                     named = {} if of_set is None else {"set": of_set}

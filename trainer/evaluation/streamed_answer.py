@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TextStreamer
 
+from adapters.folded import folded
 from tasks.reading import DataError
 from trainer.assembly.chosen_drafter import drafter_of, generation_config
 from trainer.assembly.trained import Trained
@@ -139,9 +140,10 @@ def drafting(run: Trained, options: DrafterOptions | None) -> Iterator[Any]:
     if options is not None and drafter is not None and fault and options.drafter != "run":
         raise DrafterError(fault)
     if drafter is None or fault:
-        yield run.model
+        with folded(run.model):
+            yield run.model
         return
-    with assist(run.model, drafter):
+    with folded(run.model), assist(run.model, drafter):
         yield run.model
 
 
