@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.toys.heads import make
+from tests.toys.mtp_bases import tiny_of
 from tests.toys.speculative import made, tiny
 from trainer.decoding import speculative, trial
 from trainer.drafters import DrafterError
@@ -18,6 +20,11 @@ def test_a_drafter_that_can_decode_passes_and_draws_nothing(name):
     assert model.training
     assert not drafter.training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_head_of_a_target_that_only_engines_roll_back_is_trained():
+    model = tiny_of("qwen3_5_text")
+    trial.check_decoding(model, make("shared", model, offsets=2))
 
 
 def test_a_layer_that_reads_the_cache_again_is_refused_before_training():

@@ -387,7 +387,7 @@ def test_one_process_tokenises_for_all(folder):
 
 
 def test_what_stops_one_process_stops_all_with_its_message(folder):
-    for name, message in (("broken", "DataError: "), ("lora again", "CheckpointError: ")):
+    for name, message in (("broken", "DataError: "), ("lora again", "UnusableCheckpoint: ")):
         told = [(folder / f"{name}.{rank}.txt").read_text() for rank in (0, 1)]
         assert told[0] == told[1]
         assert told[0].startswith(message)

@@ -41,6 +41,8 @@ _KINDS = {"full_attention", "sliding_attention"}
 # Targets that can read trees.
 _reads_trees: weakref.WeakKeyDictionary[Target, None] = weakref.WeakKeyDictionary()
 
+CANNOT_ROLL_BACK = "layers whose state cannot be rolled back"
+
 
 class TargetCache:
     """The target's cache for several sequences, with rollback. With `whole` it keeps all entries,
@@ -371,7 +373,7 @@ def _probe(target: Target) -> None:
 
 def cannot_roll_back(target: Target) -> str:
     return (
-        f"{type(target.model).__name__} has layers whose state cannot be rolled back by some tokens"
+        f"{type(target.model).__name__} has {CANNOT_ROLL_BACK} by some tokens"
         " (a recurrence), which every refused draft needs. Decode it without its drafter:"
         " graft generate"
     )

@@ -88,7 +88,7 @@ def load_model(recipe: Recipe, start: StartPoint, folder: Path | None) -> Loaded
     log.info("trained: %s", parameters(model))
     if drafter is not None:
         log.info("drafter: %s", parameters(drafter))
-        if start.fresh and not recipe.sharded:
+        if start.fresh and not recipe.sharded and drafter.proposes:
             check_decoding(model, drafter)
     if config["packing"]:
         check_packing_isolation(model, recipe.base, config["max_length"])

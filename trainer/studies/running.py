@@ -115,7 +115,7 @@ class Runner:
         file = self.study.folder / "runs" / piece.key / ".lock"
         waited = False
         while file.exists() and not self.stopping:
-            with file.open("a") as lock, contextlib.suppress(BlockingIOError):
+            with file.open("rb") as lock, contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             if not waited:
