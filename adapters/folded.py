@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -23,15 +22,12 @@ SPARE = 4  # merged weights may take a fourth of the free memory
 
 
 @contextlib.contextmanager
-def folded(model: nn.Module, available: float | None = None) -> Iterator[int]:
+def folded(model: nn.Module, available: float = float("inf")) -> Iterator[int]:
     """Merge the deltas of a model's linear layers into copies of their weights, put these layers
     where the adapted ones were, and yield how many were merged. At the end each layer is in its
     place with its own weight again, bit for bit: the tensor was only set aside. Layers that are
     quantised, shared, on a GPU or switched off are not merged, nor are corrections that no weight
-    holds. No layer is merged if the copies need too much of the `available` bytes of memory; None
-    asks the machine."""
-    if available is None:
-        available = psutil.virtual_memory().available
+    holds. No layer is merged if the copies need too much of the `available` bytes of memory."""
     layers = _layers(model)
     needed = sum(layer.base.weight.nbytes for layer in layers)
     if needed * SPARE > available:

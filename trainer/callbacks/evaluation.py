@@ -13,10 +13,10 @@ from typing import Any
 
 import lightning
 
-from adapters.folded import folded
 from trainer.callbacks import RunState, every_steps, stop_requested
 from trainer.callbacks.benchmarked import Benchmarks
 from trainer.data.held_out import HeldOut
+from trainer.decoding.merged import merged
 from trainer.evaluation.answers import answers, means
 from trainer.evaluation.harness import Settings
 from trainer.evaluation.loss import evaluating, losses, prefixed
@@ -230,7 +230,7 @@ class Evaluation(lightning.Callback):
         stop = self._stop(trainer, module)
         count = max(self._graded(module.step), self.samples)
         some = replace(held_out, prompts=held_out.prompts[:count])
-        with folded(module.model):
+        with merged(module.model):
             return answers(
                 module.model, some, self.batch_size, self.max_new_tokens, module.device, stop
             )
@@ -241,7 +241,7 @@ class Evaluation(lightning.Callback):
         """Let lm-eval measure the model, on rank 0; None if a signal to stop interrupted it."""
         if not trainer.is_global_zero and not isinstance(trainer.strategy, Sharded):
             return {}
-        with folded(module.model):
+        with merged(module.model):
             return benchmarks.measure(module, self._stop(trainer, module))
 
     def _stop(self, trainer: lightning.Trainer, module: Any) -> Callable[[], bool]:

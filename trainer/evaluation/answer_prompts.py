@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from adapters.folded import folded
 from trainer.assembly.build import instantiate
 from trainer.config.answer_options import AnswerOptions
 from trainer.config.options import values_of
 from trainer.data import prompts
 from trainer.data.prompts import PromptRow
+from trainer.decoding.merged import merged
 from trainer.evaluation import responses
 from trainer.evaluation.responses import Responder
 from trainer.storage.answers import AnswersFolder
@@ -82,7 +82,7 @@ def write(work: Work) -> None:
     folder = work.folder
     write_template(folder.path, work.responder.renderer.template)
     progress = Progress("respond", len(work.rows), "conversations", done=len(folder.done))
-    with folded(work.responder.model), progress:
+    with merged(work.responder.model), progress:
         for batch in prompts.batches(work.rows, work.options.batch_size, folder.done):
             folder.add(responses.respond(work.responder, batch, work.options))
             progress.advance(len(batch))

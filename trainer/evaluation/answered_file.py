@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from adapters.folded import folded
 from tasks.reading import DataError
 from trainer.assembly.chosen_drafter import drafter_of
 from trainer.assembly.trained import Trained
 from trainer.config.decoding_options import DrafterOptions, SamplingOptions
 from trainer.config.shown import shown_json
+from trainer.decoding.merged import merged
 from trainer.decoding.sampling import Sampling
 from trainer.decoding.speculative import generate_batch
 from trainer.decoding.target_cache import allow_trees
@@ -57,7 +57,7 @@ def answer_file(
     drafts = None if drafter is None else drafter_of(run, drafter)
     target = Target(run.model, drafted=drafts is not None)
     size, device = _size(target, batches.size), next(run.model.parameters()).device
-    with folded(run.model), Progress("answers", len(prompts), "prompts") as progress:
+    with merged(run.model), Progress("answers", len(prompts), "prompts") as progress:
         for start in range(0, len(prompts), size):
             ids = [torch.tensor(prompt, device=device) for prompt in prompts[start : start + size]]
             results = generate_batch(

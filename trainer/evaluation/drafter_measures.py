@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from adapters.folded import folded
 from trainer.config.decoding_options import MeasureOptions
+from trainer.decoding.merged import merged
 from trainer.decoding.sampling import Sampling
 from trainer.evaluation import decode_ways, questions, speedup, tree_search
 from trainer.evaluation.decode_ways import DraftOptions, Ways
@@ -36,7 +36,7 @@ def by_category(
     ways = Ways(run, drafter, prompts.stops, options.max_new_tokens, _sampling(options), strategy)
     if chosen is None:
         chosen = questions.held_out_questions(run, options.heldout)
-    with folded(run.model):
+    with merged(run.model):
         answers, left_out = decode_ways.answer_questions(
             ways, prompts, chosen, run.base.longest, report, compared
         )
@@ -55,7 +55,7 @@ def by_prompt(options: MeasureOptions, prompt: str | None, batch_size: int) -> d
     run, drafter = load_run_and_drafter(options.run, options)
     prompts, stops = questions.prompt_ids(run, options.heldout, file or _one(prompt))
     ways = Ways(run, drafter, stops, options.max_new_tokens, _sampling(options), strategy)
-    with folded(run.model):
+    with merged(run.model):
         results = decode_ways.decode_in_batches(ways, prompts, batch_size)
     summary = speedup.summary_of_prompts(results, batch_size, options.temperature)
     return options.recorded("count", "tree", "policy") | summary
@@ -75,7 +75,7 @@ def search(options: MeasureOptions, prompt: str | None) -> dict[str, Any]:
     limits = tree_search.SearchLimits(
         options.size, options.top_k, options.count, options.max_new_tokens
     )
-    with folded(run.model):
+    with merged(run.model):
         result = tree_search.search_tree(run, drafter, prompts, stops, limits)
     if options.paths and result["paths"]:
         text = json.dumps(result["paths"]) + "\n"

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from adapters.folded import folded
 from adapters.full import Full
 from trainer.assembly.trained import Trained, load_trained
 from trainer.config.errors import ConfigError
+from trainer.decoding.merged import merged
 from trainer.evaluation import harness, harness_table
 
 
@@ -67,7 +67,7 @@ def measure(run: str, settings: harness.Settings, compare: bool) -> Measured:
 def _as(name: str, trained: Trained, device: torch.device) -> Any:
     """Yield the base, or the adapted model."""
     if name == "adapted":
-        with folded(trained.model):
+        with merged(trained.model):
             yield trained.model
     elif isinstance(trained.adapter, Full):  # it has no base to switch back to
         dtype = next(trained.model.parameters()).dtype

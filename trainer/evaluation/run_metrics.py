@@ -10,7 +10,6 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from adapters.folded import folded
 from trainer import drafters
 from trainer.assembly.build import instantiate
 from trainer.assembly.rows import add_prompts, load_held_out
@@ -20,6 +19,7 @@ from trainer.config.errors import ConfigError
 from trainer.config.quoting import quoted
 from trainer.data.batches import Pick
 from trainer.data.held_out import HeldOut, to_device
+from trainer.decoding.merged import merged
 from trainer.evaluation.answers import answers, means
 from trainer.evaluation.loss import losses, prefixed
 from trainer.models.losses import CausalLoss, ClassLoss
@@ -72,7 +72,7 @@ def run_metrics(
                 values = losses(loss, part, batch_size, device)
                 graded = None
                 if part.prompts:
-                    with folded(trained.model):
+                    with merged(trained.model):
                         graded = answers(trained.model, part, batch_size, max_new_tokens, device)
                     values |= means(graded or [])
                 if rows is not None and name == "adapted":

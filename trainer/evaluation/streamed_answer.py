@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TextStreamer
 
-from adapters.folded import folded
 from tasks.reading import DataError
 from trainer.assembly.chosen_drafter import drafter_of, generation_config
 from trainer.assembly.trained import Trained
@@ -22,6 +21,7 @@ from trainer.config.shown import shown
 from trainer.data.encoding import continued_ids
 from trainer.data.stops import Stops
 from trainer.decoding import positions
+from trainer.decoding.merged import merged
 from trainer.decoding.plugin import assist, refusal
 from trainer.drafters import DrafterError
 
@@ -140,10 +140,10 @@ def drafting(run: Trained, options: DrafterOptions | None) -> Iterator[Any]:
     if options is not None and drafter is not None and fault and options.drafter != "run":
         raise DrafterError(fault)
     if drafter is None or fault:
-        with folded(run.model):
+        with merged(run.model):
             yield run.model
         return
-    with folded(run.model), assist(run.model, drafter):
+    with merged(run.model), assist(run.model, drafter):
         yield run.model
 
 
