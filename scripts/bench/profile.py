@@ -76,11 +76,10 @@ def prepared(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
         native = parts.kinds if parts is not None else ()
         print(f"fused: {fused.fuse(model, choice, native) if own else liger.put_in(model)}")
     model = adapter.attach(model, Start())
-    more = {}
+    drafter = None
     if make := instantiate(plain["drafter"]):
         drafter = make(model=model)
         drafter.calibrate(lambda: torch.arange(model.config.vocab_size))
-        more["drafter"] = drafter
     module = instantiate(plain["objective"])(
         model=model,
         adapter=adapter,
@@ -90,15 +89,22 @@ def prepared(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
         labelled=False,
         accumulate=1,
         seed=0,
-        **more,
+        drafter=drafter,
     )
+    return module.train(), module.configure_optimizers(), random_batch(model, options, device)
+
+
+def random_batch(model: Any, options: dict[str, Any], device: Any) -> dict[str, Any]:
+    """Return random tokens, of which the end of each row is trained."""
+    import torch
+
     B, T = options["batch_size"], options["length"]
     ids = torch.randint(
         10, model.config.vocab_size, (B, T), generator=torch.Generator().manual_seed(1)
     ).to(device)
     labels = ids.clone()
     labels[:, : T - round(T * options["supervised"])] = -100
-    return module.train(), module.configure_optimizers(), {"input_ids": ids, "labels": labels}
+    return {"input_ids": ids, "labels": labels}
 
 
 def step(

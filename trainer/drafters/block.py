@@ -64,7 +64,7 @@ from trainer.drafters.layers import (
     requested_layers,
     rotations,
 )
-from trainer.drafters.markov import Markov
+from trainer.drafters.markov import Markov, check_settings
 from trainer.drafters.mask_token import check_mask, chosen_mask
 from trainer.drafters.ragged import RaggedMemory, padded
 from trainer.models.heads import Head
@@ -105,18 +105,7 @@ class Block(Heads):
     ):
         default = [math.exp(-k / decay) for k in range(offsets)]
         super().__init__(offsets, None, default, weight, True, lr_scale)
-        if confidence is not None and not markov_rank:
-            raise DrafterError(
-                f"drafter.confidence={confidence} reads the Markov head: set drafter.markov_rank"
-                " above 0, or drafter.confidence=null"
-            )
-        if markov != "vanilla" and not markov_rank:
-            raise DrafterError(
-                f"drafter.markov={markov} is a kind of Markov head, and drafter.markov_rank=0 is"
-                " none: set a markov_rank above 0, or drafter.markov=vanilla"
-            )
-        if not ce + l1:
-            raise DrafterError("drafter.ce=0 and drafter.l1=0 leave no loss: set one above 0")
+        check_settings(markov_rank, markov, ce, l1, confidence)
         size = model.config.get_text_config().hidden_size
         _, vocabulary = features(model.get_output_embeddings())
         check_mask(mask_token, vocabulary)
@@ -149,6 +138,7 @@ class Block(Heads):
         self.register_buffer("mask_token", torch.tensor(start, device=device))
 
     def _give_vocabulary(self, model: Any, drafted: int, coverage: float, train_head: bool) -> None:
+        """Build the head over a draft vocabulary, if `drafted` tokens are not all."""
         output = model.get_output_embeddings()
         size, vocabulary = features(output)
         self.coverage = coverage

@@ -81,3 +81,25 @@ class Markov(nn.Module):
             b, s = self.step(u[:, :, k], before[:, :, k], s)
             outputs.append(b)
         return torch.stack(outputs, dim=2)
+
+
+def check_settings(
+    markov_rank: int, markov: str, ce: float, l1: float, confidence: float | None
+) -> None:
+    """Refuse settings of a block drafter that contradict each other.
+
+    Raises:
+        DrafterError: they do.
+    """
+    if confidence is not None and not markov_rank:
+        raise DrafterError(
+            f"drafter.confidence={confidence} reads the Markov head: set drafter.markov_rank"
+            " above 0, or drafter.confidence=null"
+        )
+    if markov != "vanilla" and not markov_rank:
+        raise DrafterError(
+            f"drafter.markov={markov} is a kind of Markov head, and drafter.markov_rank=0 is"
+            " none: set a markov_rank above 0, or drafter.markov=vanilla"
+        )
+    if not ce + l1:
+        raise DrafterError("drafter.ce=0 and drafter.l1=0 leave no loss: set one above 0")

@@ -246,7 +246,7 @@ def _of_result(run: Path, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
     export = load_yaml(run / "run.yaml")["config"].get("export")
     best = checkpoints.marked(run / "checkpoints", "best") if export == "best" else None
     step = evaluations[-1]["step"] if best is None else best.step
-    return next(row for row in reversed(evaluations) if row["step"] == step)
+    return next((row for row in reversed(evaluations) if row["step"] == step), evaluations[-1])
 
 
 def _measured(row: dict[str, Any]) -> dict[str, float]:
