@@ -1,4 +1,4 @@
-"""Weights with their deltas merged for a while, as decoding reads them.
+"""Weights with their deltas merged for a while, or for good, as decoding reads them.
 
 While a model writes, token by token, the two small products of each LoRA layer cost as much as
 their calls do, and decoding's own kernels compute plain layers only. Merged layers are as fast as
@@ -28,20 +28,14 @@ def folded(model: nn.Module, available: float = float("inf")) -> Iterator[int]:
     place with its own weight again, bit for bit: the tensor was only set aside. Layers that are
     quantised, shared, on a GPU or switched off are not merged, nor are corrections that no weight
     holds. No layer is merged if the copies need too much of the `available` bytes of memory."""
-    layers = _layers(model)
-    needed = sum(layer.base.weight.nbytes for layer in layers)
-    if needed * SPARE > available:
-        layers = []
+    layers = _layers(model, available)
     plain: list[tuple[AdaptedLinear, Tensor]] = []
     places = _places(model, layers)
     try:
         for layer in layers:
             layer.delta.take_out(layer.base)
-            weight = layer.base.weight
-            plain.append((layer, weight.data))
-            with torch.no_grad():
-                merged = layer.delta.weight(float_weight(layer.base)).to(weight.dtype)
-            weight.data = merged.contiguous()
+            plain.append((layer, layer.base.weight.data))
+            layer.base.weight.data = _merged(layer)
         for parent, name, layer in places:
             parent._modules[name] = layer.base
         yield len(layers)
@@ -51,6 +45,24 @@ def folded(model: nn.Module, available: float = float("inf")) -> Iterator[int]:
         for layer, weight in plain:
             layer.base.weight.data = weight
             layer.delta.fold_in(layer.base)
+
+
+def merge_to_write(model: nn.Module, available: float = float("inf")) -> int:
+    """Merge the layers that `folded` merges for good, for a model that only writes from now on, and
+    return how many. Each gets a parameter of its own: models that share the base's keep theirs."""
+    layers = _layers(model, available)
+    for parent, name, layer in _places(model, layers):
+        layer.delta.take_out(layer.base)
+        layer.base.weight = nn.Parameter(_merged(layer), requires_grad=False)
+        parent._modules[name] = layer.base
+    return len(layers)
+
+
+@torch.no_grad()
+def _merged(layer: AdaptedLinear) -> Tensor:
+    """Return a layer's merged weight, given one whose delta is taken out."""
+    merged: Tensor = layer.delta.weight(float_weight(layer.base)).to(layer.base.weight.dtype)
+    return merged.contiguous()
 
 
 def _places(
@@ -66,12 +78,13 @@ def _places(
     ]
 
 
-def _layers(model: nn.Module) -> list[AdaptedLinear]:
+def _layers(model: nn.Module, available: float) -> list[AdaptedLinear]:
+    """Return the layers to merge, none where the copies need too much memory."""
     modules = list(model.modules())
     uses: Counter[int] = Counter(
         id(parameter) for module in modules for parameter in module._parameters.values()
     )
-    return [
+    layers = [
         module
         for module in modules
         if isinstance(module, AdaptedLinear)
@@ -82,6 +95,8 @@ def _layers(model: nn.Module) -> list[AdaptedLinear]:
         and _is_plain(module.base.weight)
         and uses[id(module.base.weight)] == 1
     ]
+    needed = sum(layer.base.weight.nbytes for layer in layers)
+    return layers if needed * SPARE <= available else []
 
 
 def _is_plain(weight: Any) -> bool:

@@ -39,7 +39,9 @@ def main() -> int:
     quiet.quiet()
     run = load_trained(options["run"], torch.device("cpu"))
     prompts, stops = questions.prompt_ids(run, options["heldout"], [])
-    drafters = {"plain": None} | ({} if run.drafter is None else {"drafter": run.drafter})
+    drafters: dict[str, Any] = {"plain": None}
+    if run.drafter is not None:  # in the target's dtype, as the commands have it
+        drafters["drafter"] = run.drafter.to(run.model.get_input_embeddings().weight.dtype)
     ways: dict[str, Any] = {"un-merged": contextlib.nullcontext, "merged": merged}
     sums: dict[tuple[str, str], list[float]] = {}
     for turn in range(1 + options["repeats"]):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from adapters.delta import AdaptedLinear, Start, switched_off
-from adapters.folded import SPARE, folded
+from adapters.folded import SPARE, folded, merge_to_write
 from tests.toys import adapters as toys
 from tests.toys import sparse
 
@@ -85,3 +85,16 @@ def test_shared_and_trained_weights_and_short_memory_are_left_alone():
     with folded(model, SPARE * needed - 1) as count:
         assert count == 0
         assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("kind", ["lora", "rosa"])
+def test_a_model_that_only_writes_is_merged_and_others_keep_the_weights(kind):
+    model, layers = adapted(kind)
+    expected, shared = toys.logits(model), layers[0].base.weight
+    layers[0].delta.take_out(layers[0].base)
+    kept = shared.clone()
+    assert merge_to_write(model, 0) == 0
+    assert merge_to_write(model) == len(layers)
+    assert not any(isinstance(module, AdaptedLinear) for module in model.modules())
+    torch.testing.assert_close(toys.logits(model), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(shared, kept)

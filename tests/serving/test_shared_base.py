@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from adapters.delta import Start
+from adapters.delta import AdaptedLinear, Start
 from tests.conftest import composed
 from tests.toys.serving import RUNS, loaded
 from trainer.assembly.build import instantiate
@@ -29,6 +29,7 @@ def tensors(model):
 @pytest.mark.long
 def test_runs_compute_what_they_do_alone(monkeypatch):
     monkeypatch.chdir(RUNS.parent)
+    monkeypatch.setattr(models, "merge_for_good", lambda model: 0)  # as on a GPU
     names = ("lora", "rosa", "spiel")
     served = loaded(*names, drafter=None)
     base = served["base"].target.model
@@ -50,6 +51,21 @@ def test_runs_compute_what_they_do_alone(monkeypatch):
     assert shared[0] == whole
     assert all(0 < part <= whole for part in shared[1:]), (shared, whole)
     assert min(shared) < whole
+
+
+@pytest.mark.long
+def test_runs_are_merged_and_the_base_is_not(monkeypatch):
+    monkeypatch.chdir(RUNS.parent)
+    names = ("lora", "rosa", "spiel")
+    served = loaded(*names, drafter=None)
+    base = served["base"].target.model
+    for name in names:
+        alone, model = load_trained(str(RUNS / name)), served[name].target.model
+        assert not any(isinstance(module, AdaptedLinear) for module in model.modules())
+        fresh = alone.base.load(torch.float32)
+        assert all(map(torch.equal, fresh.parameters(), base.parameters()))
+        with torch.no_grad():
+            torch.testing.assert_close(model(IDS).logits, alone.model(IDS).logits)
 
 
 def class_of(name):

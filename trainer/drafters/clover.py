@@ -48,6 +48,7 @@ from trainer.drafters.layers import (
 )
 from trainer.drafters.ragged import RaggedMemory, padded, ragged_inputs
 from trainer.models.on_host import picked
+from trainer.speed.roomy_cache import roomy
 
 NOISE = 0.005
 
@@ -176,7 +177,7 @@ class Clover(Distilled):
         return self.feature_weight * distance + self.token_weight * total, numbers
 
     def start(self, target: Target) -> Memory:
-        return Memory([DynamicCache() for _ in self.blocks])
+        return Memory([roomy(DynamicCache()) for _ in self.blocks])
 
     @torch.no_grad()
     def grow(self, memory: Memory, target: Target, update: TargetUpdate) -> CloverGrowth:

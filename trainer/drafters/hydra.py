@@ -50,6 +50,7 @@ from trainer.drafters.layers import (
 from trainer.drafters.medusa import ResidualBlock
 from trainer.drafters.ragged import RaggedMemory, padded, ragged_inputs
 from trainer.models.heads import Head
+from trainer.speed.roomy_cache import roomy
 
 
 class FirstBlock(nn.Module):
@@ -200,7 +201,7 @@ class Hydra(Distilled):
         )
 
     def start(self, target: Target) -> Memory:
-        return Memory(DynamicCache())
+        return Memory(roomy(DynamicCache()))
 
     @torch.no_grad()
     def grow(self, memory: Memory, target: Target, update: TargetUpdate) -> HydraGrowth:

@@ -57,6 +57,7 @@ from trainer.drafters.tree_places import Columns
 from trainer.drafters.unrolled import Entries
 from trainer.models.cache_argument import with_cache
 from trainer.models.heads import captured_layers
+from trainer.speed.roomy_cache import roomy
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Memory:
     """Keys and values of the E layers and of the adapter at the first `length` tokens, followed by
     those of the last tree."""
 
-    cache: DynamicCache = field(default_factory=DynamicCache)
+    cache: DynamicCache = field(default_factory=lambda: roomy(DynamicCache()))
     entries: Entries = field(default_factory=Entries)
     length: int = 0
 

@@ -390,6 +390,15 @@ class IndependentGrowth:
         self.depth, self._logits = offsets, functools.cache(torch.no_grad()(logits))
         self._depths: list[int] = []  # of the nodes so far
 
+    @classmethod
+    def read(
+        cls, head: Callable[[Tensor], Tensor], states: Float[Tensor, "K d"]
+    ) -> IndependentGrowth:
+        """Return the growth of K offsets by what the head reads at each. One call gives the logits
+        of all, since a head's weights take longer to read than few rows to compute."""
+        logits = functools.cache(lambda: head(states))
+        return cls(len(states), lambda k: logits()[k - 1])
+
     def first(self) -> Float[Tensor, " V"]:
         return self._logits(1)
 

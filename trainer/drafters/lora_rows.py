@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from adapters.lora import LoRA, scaling
 from adapters.targets import targets
 from trainer.drafters import DrafterError, Target
 from trainer.drafters.passes import inner_model
+from trainer.speed import few_rows
 
 
 class RowLoRA(nn.Module):
@@ -35,6 +36,8 @@ class RowLoRA(nn.Module):
         self.loras = nn.ModuleList(
             LoRA(linear, rank, scale, 0.0, torch.float32) for _, linear in linears
         )
+        self._low: list[tuple[Tensor, Tensor]] = []  # few_rows.low_rank of each
+        self._of: list[tuple[int, int]] = []  # the versions of A and B that these are made of
 
     @contextlib.contextmanager
     def on(self, target: Target, rows: int, last: int) -> Iterator[None]:
@@ -44,40 +47,62 @@ class RowLoRA(nn.Module):
             DrafterError: a layer was not called, or not with all rows.
         """
         model: Any = inner_model(target.model)
+        layers = [model.get_submodule(name) for name in self.names]
         called: set[str] = set()
+        lows = self._low_ranks(layers, last)
 
-        def hook_of(name: str, lora: Any) -> Any:
+        def hook_of(name: str, lora: Any, low: few_rows.LowRank | None) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
                 called.add(name)
                 x = args[0]
-                if last == rows:
-                    return lora(x, out)
-                if x.shape[-2] != rows:
+                if last != rows and x.shape[-2] != rows:
                     raise DrafterError(
                         f"{name} is given {x.shape[-2]} of {rows} positions, and the LoRA of a"
                         " drafter acts on some of them: name other layers in"
                         " drafter.target_modules"
                     )
+                if low is not None and x.dtype == out.dtype == torch.bfloat16:
+                    return few_rows.corrected(x, out, low)
+                if last == rows:
+                    return lora(x, out)
                 new = lora(x[..., -last:, :], out[..., -last:, :])
                 return torch.cat([out[..., :-last, :], new], dim=-2)
 
             return hook
 
         handles = [
-            model.get_submodule(name).register_forward_hook(hook_of(name, lora))
-            for name, lora in zip(self.names, self.loras, strict=True)
+            layer.register_forward_hook(hook_of(name, lora, low))
+            for layer, name, lora, low in zip(layers, self.names, self.loras, lows, strict=True)
         ]
+        for layer, low in zip(layers, lows, strict=True):
+            layer.low_rank = low  # for layers that are one call, whose hooks are not called
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            for layer in layers:
+                del layer.low_rank
+        called |= {name for name, low in zip(self.names, lows, strict=True) if low and low.used}
         if missed := [name for name in self.names if name not in called]:
             raise DrafterError(
                 f"{len(missed)} of the {len(self.names)} layers of the drafter's LoRA are not"
                 f" called in a pass over text, {missed[0]} first: name others in"
                 " drafter.target_modules"
             )
+
+    def _low_ranks(self, layers: Sequence[Any], last: int) -> list[few_rows.LowRank | None]:
+        """Return each LoRA as few_rows computes it, without gradients in bf16 on a CPU. Casting A
+        and B for each pass takes as long as a pass does."""
+        fits = all(map(few_rows.is_product, layers)) and few_rows.library() is not None
+        if torch.is_grad_enabled() or not fits:
+            return [None] * len(layers)
+        loras: list[Any] = list(self.loras)
+        versions = [(lora.A._version, lora.B._version) for lora in loras]
+        if versions != self._of:
+            self._low = [few_rows.low_rank(lora.A, lora.B, lora.scale) for lora in loras]
+            self._of = versions
+        return [few_rows.LowRank(a, b, last) for a, b in self._low]
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """Return A (r, i) and B (o, r) of each layer by its name in the model."""

@@ -38,6 +38,7 @@ from trainer.drafters.ragged import (
     padded,
     ragged_inputs,
 )
+from trainer.speed.roomy_cache import roomy
 
 
 class Head(nn.Module):
@@ -84,7 +85,7 @@ class ParallelHeads(Heads):
     def start(self, target: Target) -> list[DynamicCache]:
         """Return one cache for each head. A head's states never depend on drafted tokens, so
         nothing is ever rolled back."""
-        return [DynamicCache() for _ in self.heads]
+        return [roomy(DynamicCache()) for _ in self.heads]
 
     @torch.no_grad()
     def grow(
@@ -102,7 +103,7 @@ class ParallelHeads(Heads):
             with autocast_like(update.hidden):
                 states = head(entering, layer_inputs(target, entering, positions, cache))
             newest.append(states[0, -1:].to(update.hidden.dtype))
-        return IndependentGrowth(self.offsets, lambda k: target.head(newest[k - 1])[0])
+        return IndependentGrowth.read(target.head, torch.cat(newest))
 
     def start_batch(self, target: Target, count: int) -> RaggedMemory:
         return RaggedMemory.empty(len(self.heads), count)
@@ -119,7 +120,7 @@ class ParallelHeads(Heads):
             with autocast_like(read.hidden):
                 states = head(entering, ragged_inputs(target, entering, places, entries))
             newest.append(read.newest(states).to(read.hidden.dtype))
-        return IndependentBatch(self.offsets, lambda k: target.head(newest[k - 1]))
+        return IndependentBatch.read(target.head, torch.stack(newest, dim=1))
 
     def in_own_dtype(self, hidden: Tensor) -> Tensor:
         return hidden.to(next(self.parameters()).dtype)

@@ -306,7 +306,7 @@ class PEagle(Eagle3):
         for entries in memory:
             entries.crop(known + count)
         (head,) = self.draft_heads(target)
-        growth = IndependentGrowth(self.offsets, lambda offset: head(z[offset - 1 : offset])[0])
+        growth = IndependentGrowth.read(head, z)
         growth.vocabulary = self.vocabulary
         return growth
 
@@ -338,7 +338,7 @@ class PEagle(Eagle3):
             z = self.through(embedded, hidden, inputs).to(read.hidden.dtype)
         z = z.gather(1, slots.unsqueeze(2).expand(-1, -1, z.shape[2]))
         (head,) = self.draft_heads(target)
-        growth = IndependentBatch(self.offsets, lambda offset: head(z[:, offset - 1]))
+        growth = IndependentBatch.read(head, z)
         growth.vocabulary = self.vocabulary
         return growth
 

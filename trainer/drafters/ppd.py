@@ -50,6 +50,7 @@ from trainer.drafters.distillation import KINDS
 from trainer.drafters.layers import Heads, IndependentGrowth, decayed
 from trainer.drafters.ragged import Entries, IndependentBatch, RaggedMemory
 from trainer.models.on_host import all_sent
+from trainer.speed.roomy_cache import roomy
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Memory:
     """Keys and values of the first `length` tokens, and the token after them. All of it stays
     empty if the verifying pass runs the prompts."""
 
-    cache: DynamicCache = field(default_factory=DynamicCache)
+    cache: DynamicCache = field(default_factory=lambda: roomy(DynamicCache()))
     length: int = 0
     newest: Int[Tensor, " n"] | None = None
 
@@ -176,7 +177,7 @@ class PromptTokens(Heads):
     def grow(self, memory: Memory, target: Target, update: TargetUpdate) -> IndependentGrowth:
         if update.extra is not None:  # the verifying pass has read the prompts
             states = update.extra.mean(0) if self.members > 1 else update.extra[0]
-            return IndependentGrowth(self.offsets, lambda k: target.head(states[k - 1 : k])[0])
+            return IndependentGrowth.read(target.head, states)
         passes.cropped(memory.cache, memory.length)
         ids = passes.text_of(update)
         ids = ids if memory.newest is None else torch.cat([memory.newest, ids])
@@ -201,7 +202,7 @@ class PromptTokens(Heads):
             attention_mask=mask,
         )
         states = self.averaged(hidden[0, len(text) :])
-        return IndependentGrowth(count, lambda k: target.head(states[k - 1 : k])[0])
+        return IndependentGrowth.read(target.head, states)
 
     def start_batch(self, target: Target, count: int) -> BatchMemory:
         passes.refuse_virtual_tokens(target.model, "ppd")
@@ -216,7 +217,7 @@ class PromptTokens(Heads):
         extras = [update.extra for update in updates if update.extra is not None]
         if extras:  # the verifying pass has read the prompts, of all sequences
             read = torch.stack(extras).mean(1)
-            return IndependentBatch(self.offsets, lambda k: target.head(read[:, k - 1]))
+            return IndependentBatch.read(target.head, read)
         texts = [passes.text_of(update) for update in updates]
         texts = [
             text if newest is None else torch.cat([newest, text])
@@ -229,7 +230,7 @@ class PromptTokens(Heads):
         block = passes.Block({"inputs_embeds": embedded}, *self.chains(count, ids.device))
         _, hidden = after_texts(target, memory, ids, counts, block, contextlib.nullcontext())
         states = self.averaged(hidden)
-        return IndependentBatch(count, lambda k: target.head(states[:, k - 1]))
+        return IndependentBatch.read(target.head, states)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [group | {"weight_decay": 0.0} for group in super().parameter_groups()]

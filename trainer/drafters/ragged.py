@@ -179,6 +179,14 @@ class IndependentBatch:
         self.depth, self._logits = offsets, functools.cache(torch.no_grad()(logits))
         self._level = 1
 
+    @classmethod
+    def read(
+        cls, head: Callable[[Tensor], Tensor], states: Float[Tensor, "B K d"]
+    ) -> IndependentBatch:
+        """Return the growth of K offsets by what the head reads at each, in one call."""
+        logits = functools.cache(lambda: head(states))
+        return cls(states.shape[1], lambda k: logits()[:, k - 1])
+
     def first(self) -> Float[Tensor, "B V"]:
         return self._logits(1)
 

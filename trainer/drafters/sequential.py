@@ -51,6 +51,7 @@ from trainer.drafters.layers import (
 from trainer.drafters.ragged import RaggedMemory
 from trainer.drafters.sequential_batch import SequentialBatch, SequentialMemory
 from trainer.drafters.starts import pass_last
+from trainer.speed.roomy_cache import roomy
 
 
 class Module(nn.Module):
@@ -133,7 +134,9 @@ class SequentialModules(Heads):
         some = next(self.parameters())
         none = some.new_empty(0, target.config.hidden_size)
         return Memory(
-            [DynamicCache() for _ in range(self.offsets)], none[:, 0].long(), [none] * self.offsets
+            [roomy(DynamicCache()) for _ in range(self.offsets)],
+            none[:, 0].long(),
+            [none] * self.offsets,
         )
 
     def grow(self, memory: Memory, target: Target, update: TargetUpdate) -> SequentialGrowth:
@@ -260,7 +263,7 @@ class SequentialGrowth:
 
 def widened(cache: DynamicCache, rows: int) -> DynamicCache:
     """Return a copy of a cache of one layer and one row, repeated for several rows."""
-    wide = DynamicCache()
+    wide = roomy(DynamicCache())
     layer: Any = cache.layers[0] if cache.layers else None
     if layer is not None and layer.is_initialized:
         wide.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), 0)

@@ -27,6 +27,7 @@ from trainer.drafters.tree_batch import TreeBatch
 from trainer.drafters.untrained import Untrained
 from trainer.models.base import Base
 from trainer.models.cache_argument import model_with_cache, rolls_back
+from trainer.speed.roomy_cache import roomy
 
 
 @dataclass
@@ -87,7 +88,7 @@ class SmallModel(Untrained):
         return growth
 
     def _cache(self) -> DynamicCache:
-        cache = DynamicCache(config=self.model.config.get_text_config())
+        cache = roomy(DynamicCache(config=self.model.config.get_text_config()))
         cache.activate_past_recording()
         return cache
 

@@ -52,6 +52,7 @@ from trainer.drafters.layers import Heads, IndependentGrowth, decayed
 from trainer.drafters.lora_rows import RowLoRA
 from trainer.drafters.ragged import Entries, IndependentBatch, RaggedMemory
 from trainer.models.on_host import all_sent, sent
+from trainer.speed.roomy_cache import roomy
 
 
 @dataclass
@@ -155,7 +156,7 @@ class Uno(Heads):
 
     def start(self, target: Target) -> Memory:
         passes.refuse_virtual_tokens(target.model, "uno")
-        cache = DynamicCache(config=target.config)
+        cache = roomy(DynamicCache(config=target.config))
         cache.activate_past_recording()
         return Memory(cache)
 
@@ -173,7 +174,7 @@ class Uno(Heads):
                 hidden = passes.run(target, memory.cache, tokens)[0, -1 - more :]
         else:
             hidden = passes.run(target, memory.cache, tokens)[0, -1:]
-        return IndependentGrowth(1 + more, lambda k: target.head(hidden[k - 1 : k])[0])
+        return IndependentGrowth.read(target.head, hidden)
 
     def start_batch(self, target: Target, count: int) -> BatchMemory:
         passes.refuse_virtual_tokens(target.model, "uno")
@@ -197,7 +198,7 @@ class Uno(Heads):
             on = self.lora.on(target, rows=ids.shape[1] + more, last=more)
         newest, slots = after_texts(target, memory, ids, counts, block, on)
         hidden = torch.cat([newest.unsqueeze(1), slots], dim=1)
-        return IndependentBatch(1 + more, lambda k: target.head(hidden[:, k - 1]))
+        return IndependentBatch.read(target.head, hidden)
 
     def state(self) -> dict[str, Tensor]:
         """Return A and B by the names of their layers."""

@@ -20,6 +20,7 @@ from trainer.config.decoding_options import DrafterOptions
 from trainer.data.render import Renderer
 from trainer.data.stops import Stops
 from trainer.decoding import speculative
+from trainer.decoding.merged import merge_for_good
 from trainer.decoding.speculative import Strategy
 from trainer.drafters import Drafter, DrafterError, Target
 from trainer.drafters.recycling import TokenRecycling
@@ -139,9 +140,12 @@ class Loader:
         adapter = content["config"]["adapter"]["_target_"]
         self.shared.copies = trains_drafter or adapter not in KEEP_THE_BASE
         try:
-            return load_trained(path, self.device, load_base=self.shared.load)
+            run = load_trained(path, self.device, load_base=self.shared.load)
         finally:
             self.shared.share()
+        # A merged run decodes about twice as fast, and takes the memory of its merged weights.
+        merge_for_good(run.model)
+        return run
 
     def _drafter(self, run: Trained) -> Drafter | None:
         if self.options is None or not rolls_back(run.model):

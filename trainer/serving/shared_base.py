@@ -1,7 +1,8 @@
 """One loaded base under several adapters.
 
 Each run has modules of its own, with its adapter attached, and all share the base's tensors. So
-switching between runs takes no time, and a run costs the memory of its adapter.
+switching between runs takes no time. A run costs the memory of its adapter, and on a CPU, if there
+is enough, that of the weights into which its adapter is merged (trainer.decoding.merged).
 
 An adapter may write into the base's weights (sparse deltas are folded into them, PiSSA takes its
 part out of them, full fine-tuning trains them). Such a run gets copies, and those that turn out to

@@ -271,10 +271,19 @@ typedef void gate_function(const half *, const half *, half *, int64_t);
 typedef void rotate_function(const half *, const half *, const half *, half *, int64_t, int64_t,
                              const int64_t *, int64_t);
 
-/* A decoder layer: its weights, its sizes, and elementwise.c's functions. */
+/* b a x: a (rank, in), b (out, rank), and rank is a multiple of 2 LANES. */
+typedef struct {
+    const half *a, *b;
+    int64_t rank;
+} low_rank;
+
+/* A decoder layer: its weights, its sizes, and elementwise.c's functions. `low` is NULL, or has a
+   product (a of NULL for none) of each of q, k, v, o, gate, up and down, which is added to the last
+   `changed` rows of each sequence. */
 typedef struct {
     const half *input_norm, *q, *k, *v, *o, *post_norm, *gate, *up, *down;
-    int64_t hidden, inner;
+    const low_rank *low;
+    int64_t changed, hidden, inner;
     norm_function *norm;
     gate_function *gated;
     rotate_function *rotated;
@@ -299,6 +308,23 @@ INLINE half *taken(half **buffer, int64_t count) {
     return own;
 }
 
+/* y + b a x of the rows that a low-rank product changes. `buffer` has room for (rank + out) numbers
+   of each of the last rows of a sequence, and 32 more. */
+static void corrected(const layer_parts *w, int i, const half *x, half *y, int64_t in, int64_t out,
+                      const shape *s, half *buffer) {
+    if (w->low == NULL || w->low[i].a == NULL)
+        return;
+    const low_rank *one = w->low + i;
+    half *middle = taken(&buffer, w->changed * one->rank);
+    for (int64_t b = 0; b < s->B; b++) {
+        const int64_t first = (b + 1) * s->n - w->changed;
+        half *to = y + first * out;
+        product(x + first * in, one->a, middle, w->changed, in, one->rank, 0, one->rank);
+        product(middle, one->b, buffer, w->changed, one->rank, out, 0, out);
+        added(buffer, to, to, w->changed * out);
+    }
+}
+
 /* y (B, n, hidden) of x. cosine and sine are (1 or B, n, d), with `turn` from sequence to sequence.
    New keys and values are written to the last n of the s->count entries. `numbers` has room for what
    layer() takes, scratch for attended(). */
@@ -311,10 +337,14 @@ void layer(const layer_parts *w, const half *x, half *y, const half *cosine, con
     half *k = taken(&numbers, rows * wide_k), *v = taken(&numbers, rows * wide_k);
     half *new_k = taken(&numbers, rows * wide_k), *seen = taken(&numbers, rows * wide_q);
     half *gate = taken(&numbers, rows * w->inner), *up = taken(&numbers, rows * w->inner);
+    half *more = numbers; /* for corrected() */
     w->norm(x, w->input_norm, a, scratch, rows, w->hidden, w->input_eps);
     product(a, w->q, q, rows, w->hidden, wide_q, 0, wide_q);
+    corrected(w, 0, a, q, w->hidden, wide_q, s, more);
     product(a, w->k, k, rows, w->hidden, wide_k, 0, wide_k);
+    corrected(w, 1, a, k, w->hidden, wide_k, s, more);
     product(a, w->v, v, rows, w->hidden, wide_k, 0, wide_k);
+    corrected(w, 2, a, v, w->hidden, wide_k, s, more);
     const int64_t of_q[] = {s->H, n, d, n * wide_q, d, wide_q, turn};
     const int64_t of_k[] = {s->G, n, d, n * wide_k, d, wide_k, turn};
     w->rotated(q, cosine, sine, turned, 0, rows, of_q, 0);
@@ -330,11 +360,15 @@ void layer(const layer_parts *w, const half *x, half *y, const half *cosine, con
     own.q = (steps){n * wide_q, d, wide_q};
     attended(turned, keys, values, mask, seen, &own, w->scale, scratch);
     product(seen, w->o, a, rows, wide_q, w->hidden, 0, w->hidden);
+    corrected(w, 3, seen, a, wide_q, w->hidden, s, more);
     added(a, x, a, rows * w->hidden);
     w->norm(a, w->post_norm, b, scratch, rows, w->hidden, w->post_eps);
     product(b, w->gate, gate, rows, w->hidden, w->inner, 0, w->inner);
+    corrected(w, 4, b, gate, w->hidden, w->inner, s, more);
     product(b, w->up, up, rows, w->hidden, w->inner, 0, w->inner);
+    corrected(w, 5, b, up, w->hidden, w->inner, s, more);
     w->gated(gate, up, gate, rows * w->inner);
     product(gate, w->down, b, rows, w->inner, w->hidden, 0, w->hidden);
+    corrected(w, 6, gate, b, w->inner, w->hidden, s, more);
     added(b, a, y, rows * w->hidden);
 }

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from adapters import native
 from trainer.speed import elementwise
@@ -103,6 +105,37 @@ def can_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
             and mask.stride(3) == 1
         )
     )
+
+
+@dataclass
+class LowRank:
+    """b a x, which a pass adds to a linear layer's y at the last places of each sequence. A layer
+    has it as the attribute `low_rank`."""
+
+    a: Float[Tensor, "r i"]
+    b: Float[Tensor, "o r"]
+    last: int  # places
+    used: bool = False  # in this pass
+
+
+def low_rank(
+    A: Float[Tensor, "r i"], B: Float[Tensor, "o r"], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return (a, b) in bf16 with b a = scale B A, and as many rows and columns of zeros as
+    `product` needs."""
+    more = -len(A) % (2 * LANES)
+    a = F.pad(A.detach(), (0, 0, 0, more)).bfloat16()
+    return a, F.pad(scale * B.detach(), (0, more)).bfloat16()
+
+
+def corrected(
+    x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"], low: LowRank
+) -> Float[Tensor, "*b o"]:
+    """Add b a x to the last places of y, in place, as few_rows.c does in a whole layer."""
+    x, to = x[..., -low.last :, :], y[..., -low.last :, :]
+    by = product if x.numel() <= MOST * x.shape[-1] else F.linear
+    to += by(by(x, low.a), low.b)
+    return y
 
 
 def attended(

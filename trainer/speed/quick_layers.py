@@ -8,7 +8,8 @@ Its parts are those of trainer.speed.quick_passes, rounded at the same places. t
 as long between the parts of a layer of SmolLM2-135M as its parts do.
 
 Only layers that have these modules and no others are taken, without biases, adapters and hooks, and
-only if a layer computes what its own modules do on random numbers.
+only if a layer computes what its own modules do on random numbers. A drafter's LoRA may be added to
+the last places of each sequence (few_rows.LowRank).
 """
 
 from __future__ import annotations
@@ -32,15 +33,21 @@ _CACHES = {"past_key_values", "cache"}  # the names of a layer's cache, by trans
 _INPUTS = {"attention_mask", "position_embeddings", *_CACHES, "position_ids", "use_cache"}
 
 
+class LowRank(ctypes.Structure):
+    """`low_rank` of few_rows.c."""
+
+    _fields_ = [("a", ctypes.c_void_p), ("b", ctypes.c_void_p), ("rank", ctypes.c_int64)]
+
+
 class Parts(ctypes.Structure):
     """`layer_parts` of few_rows.c."""
 
     _fields_ = [
         *(
             (name, ctypes.c_void_p)
-            for name in ["input_norm", "q", "k", "v", "o", "post_norm", "gate", "up", "down"]
+            for name in ["input_norm", "q", "k", "v", "o", "post_norm", "gate", "up", "down", "low"]
         ),
-        *((name, ctypes.c_int64) for name in ("hidden", "inner")),
+        *((name, ctypes.c_int64) for name in ("changed", "hidden", "inner")),
         *((name, ctypes.c_void_p) for name in ("norm", "gated", "rotated")),
         *((name, ctypes.c_float) for name in ("input_eps", "post_eps", "scale")),
     ]
@@ -169,19 +176,21 @@ def _computed(self: Any, x: Tensor, layer: Any, angles: Any, mask: Tensor | None
         few_rows.Steps(*values.stride()[:3]),
     )
     shape = few_rows.Shape(B, H, G, n, count, d, *few_rows.described(mask), *steps)
+    linears: list[Any] = [attention._modules[name] for name in _ATTENTION]
+    linears += [mlp._modules[name] for name in _MLP]
+    norms = self.input_layernorm, self.post_attention_layernorm
     weights = [
         module._parameters["weight"].data_ptr()
-        for module in (
-            self.input_layernorm,
-            *(attention._modules[name] for name in _ATTENTION),
-            self.post_attention_layernorm,
-            *(mlp._modules[name] for name in _MLP),
-        )
+        for module in (norms[0], *linears[:4], norms[1], *linears[4:])
     ]
-    eps = self.input_layernorm.variance_epsilon, self.post_attention_layernorm.variance_epsilon
-    parts = Parts(*weights, hidden, inner, *_functions(), *eps, attention.scaling)
+    low, changed, room = _low_ranks(linears)
+    eps = [norm.variance_epsilon for norm in norms]
+    place = None if low is None else ctypes.addressof(low)
+    sizes = changed, hidden, inner
+    parts = Parts(*weights, place, *sizes, *_functions(), *eps, attention.scaling)
     rows = B * n
-    numbers = x.new_empty(rows * (2 * hidden + 3 * H * d + 3 * G * d + 2 * inner) + 10 * 32)
+    width = 2 * hidden + 3 * H * d + 3 * G * d + 2 * inner
+    numbers = x.new_empty(rows * width + 10 * 32 + room)
     y, scratch = torch.empty_like(x), few_rows.scratch_of(shape)
     call: Any = few_rows.library().layer  # type: ignore[union-attr]
     call(
@@ -195,6 +204,27 @@ def _computed(self: Any, x: Tensor, layer: Any, angles: Any, mask: Tensor | None
         scratch.data_ptr(),
     )
     return y
+
+
+def _low_ranks(linears: list[Any]) -> tuple[ctypes.Array[LowRank] | None, int, int]:
+    """Return (the low-rank products of a layer's linear ones, how many places of a sequence they
+    change, the numbers that they need room for)."""
+    lows = [vars(linear).get("low_rank") for linear in linears]
+    some = [low for low in lows if low is not None]
+    if not some:
+        return None, 0, 0
+    for low in some:
+        low.used = True
+    array = (LowRank * len(lows))(
+        *(
+            LowRank(None, None, 0)
+            if low is None
+            else LowRank(low.a.data_ptr(), low.b.data_ptr(), len(low.a))
+            for low in lows
+        )
+    )
+    changed = some[0].last
+    return array, changed, max(changed * (len(low.a) + len(low.b)) for low in some) + 32
 
 
 def _functions() -> list[int | None]:
