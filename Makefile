@@ -15,14 +15,19 @@ BIN := $(VENV)/bin
 
 .PHONY: quickstart check test test-other-cpu audit test-matrix bench docs lint clean
 
+define NEXT
+
+The report: runs/quickstart/report.html
+Try next, after source $(BIN)/activate:
+  graft generate run=runs/quickstart compare=true prompt="What is the weather in Paris?" system='Answer with one function call as JSON. The functions: [{"name": "get_weather", "parameters": {"city": {"type": "string"}}}]'
+  graft serve run=runs/quickstart
+  graft compare runs
+endef
+export NEXT
+
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m trainer experiment=quickstart
-	@printf '%s\n' '' \
-	  'The report: runs/quickstart/report.html' \
-	  'Try next, after source $(BIN)/activate:' \
-	  '  graft generate run=runs/quickstart compare=true prompt="What is the weather in Paris?"' \
-	  '  graft serve run=runs/quickstart' \
-	  '  graft compare runs'
+	@printf '%s\n' "$$NEXT"
 
 check: lint
 	$(BIN)/python -m pytest -n 2 -m "not run and not long and not slow and not gpu and not slurm"

@@ -73,16 +73,16 @@ def test_wrong_options(argument, text):
 
 
 def test_contestants():
-    found = contestants.contestants(
+    actual = contestants.contestants(
         options(
             "variants.a=[compile=true]",
             "variants.b=[hf,autocast=true]",
             "variants.c=[ours_packed,x=1]",
         )
     )
-    assert found["a"] == ("ours", ["compile=true"])
-    assert found["b"] == ("hf", ["autocast=true"])
-    assert found["c"] == ("ours_packed", ["x=1"])
+    assert actual["a"] == ("ours", ["compile=true"])
+    assert actual["b"] == ("hf", ["autocast=true"])
+    assert actual["c"] == ("ours_packed", ["x=1"])
     assert "ours_packed" not in contestants.contestants(options("data=packed"))
 
 
@@ -90,8 +90,8 @@ def test_the_strongest_peer_leads(monkeypatch, tmp_path):
     """It has bf16 adapters and our setting of malloc, which the plain one has not."""
     from trainer.speed import malloc
 
-    found = contestants.contestants(options())
-    assert list(found)[:2] == ["ours", "hf_strongest"]
+    actual = contestants.contestants(options())
+    assert list(actual)[:2] == ["ours", "hf_strongest"]
     assert set(malloc.USER_SETTINGS) > set(contestants.ALLOCATOR)
     environments, specs = [], []
 
@@ -104,7 +104,7 @@ def test_the_strongest_peer_leads(monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "waited", waited)
     (tmp_path / "rows.json").write_text("[]")
     for name in ("hf_strongest", "hf"):
-        kind, settings = found[name]
+        kind, settings = actual[name]
         runs.run_peer(options("envs=here"), {"rows": str(tmp_path / "rows.json")}, kind, settings)
     assert [spec["adapter_dtype"] for spec in specs] == ["bfloat16", "float32"]
     assert environments[0].items() > contestants.ALLOCATOR.items()
@@ -165,11 +165,11 @@ def test_padding():
 
 
 def test_the_warm_steps_are_counted():
-    found = table.summary(RESULTS["hf"], 1, cuda=False)
-    assert found["step"] == [2.5, 4.0]
-    assert found["processed"] == [50 / 5, 50 / 8]
-    assert found["supervised"] == [1.0, 5 / 8]
-    assert found["memory"] == [200.0, 200.0]
+    actual = table.summary(RESULTS["hf"], 1, cuda=False)
+    assert actual["step"] == [2.5, 4.0]
+    assert actual["processed"] == [50 / 5, 50 / 8]
+    assert actual["supervised"] == [1.0, 5 / 8]
+    assert actual["memory"] == [200.0, 200.0]
     assert table.summary(RESULTS["hf"], 2, cuda=True)["step"] == [2.0, 5.0]
     assert table.summary(RESULTS["hf"], 2, cuda=True)["memory"] == [7.0, 7.0]
 

@@ -180,7 +180,7 @@ def test_an_option_describes_itself_composes_and_fits_what_it_names(compose, nam
 
 
 def targets_take_the_keys_of_the_file(name):
-    given = GIVEN.get(name.partition("/")[0], set())
+    by_code = GIVEN.get(name.partition("/")[0], set())
     for place, node in nodes(name):
         module, _, attribute = node["_target_"].rpartition(".")
         target = getattr(importlib.import_module(module), attribute)
@@ -189,9 +189,9 @@ def targets_take_the_keys_of_the_file(name):
         keys = {key: value for key, value in node.items() if key not in apart}
         signature = inspect.signature(target)
         signature.bind_partial(**keys)
-        assert not keys.keys() & given, f"{place} sets what code gives"
-        signature.bind(**keys, **dict.fromkeys(given))  # nothing without a default is missing
-        assert bool(node.get("_partial_")) == bool(given), f"{place} is called by code, or is not"
+        assert not keys.keys() & by_code, f"{place} sets what code gives"
+        signature.bind(**keys, **dict.fromkeys(by_code))  # nothing without a default is missing
+        assert bool(node.get("_partial_")) == bool(by_code), f"{place} is called by code, or is not"
 
 
 def no_knob_has_a_second_default_in_python(name):

@@ -59,6 +59,12 @@ def participles(text):
     return [f"{line}: {name}" for name, line in assigned(ast.parse(text)) if name in PARTICIPLES]
 
 
+def participles_of_tests(text):
+    """The same of the words that stood for results and expectations."""
+    words = {"found", "given", "told", "wanted"}
+    return [line for line in participles(text) if line.partition(": ")[2] in words]
+
+
 def archaic(text):
     """The turns in comments and strings, docstrings and messages included."""
     return [
@@ -95,6 +101,7 @@ def untyped_options(text):
     ("rule", "folders"),
     [
         (participles, (*PRODUCT, "scripts")),
+        (participles_of_tests, ("tests",)),
         (archaic, (*PRODUCT, "scripts", "tests")),
         (first_words, (*PRODUCT, "scripts")),
         (untyped_options, PRODUCT),
@@ -113,6 +120,7 @@ def test_every_file_keeps_the_rule(rule, folders):
         (participles, "found = 1"),
         (participles, "def told(): pass"),
         (participles, "for wanted in (): pass"),
+        (participles_of_tests, "found = made()"),
         (archaic, "# as it cannot be had here"),
         (archaic, '"""Compute it anew."""'),
         (archaic, 'raise ValueError(f"{x} stands beside it")'),

@@ -149,12 +149,12 @@ class Stub:
             if request.path == "/graphql":
                 asked = json.loads(body)
                 answer = self._graphql(asked.get("query", ""), asked.get("variables") or {})
-            elif found := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", request.path):
-                self._stream(self.runs[found[1]], json.loads(body))
-            elif found := re.match(r"/upload/([^/]+)/(.+)", request.path):
-                self.runs[found[1]].files[found[2]] = body
-            elif found := re.match(r"/artifact/(\d+)/(.+)", request.path):
-                self.artifacts[int(found[1])]["files"][found[2]] = body
+            elif actual := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", request.path):
+                self._stream(self.runs[actual[1]], json.loads(body))
+            elif actual := re.match(r"/upload/([^/]+)/(.+)", request.path):
+                self.runs[actual[1]].files[actual[2]] = body
+            elif actual := re.match(r"/artifact/(\d+)/(.+)", request.path):
+                self.artifacts[int(actual[1])]["files"][actual[2]] = body
             else:
                 status = 404
         return self._send(request, status, answer)
@@ -176,7 +176,7 @@ class Stub:
         if close:
             request.close_connection = True
 
-    def _graphql(self, query: str, given: dict[str, Any]) -> dict[str, Any]:
+    def _graphql(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
         named = re.search(r"(?:query|mutation)\s+(\w+)", query)
         name = named[1] if named else ""
         self.operations.append(name)
@@ -201,17 +201,17 @@ class Stub:
                         "id": "p",
                         "name": "graft",
                         "entity": {"id": "e", "name": "me"},
-                        "bucket": self._bucket(given),
+                        "bucket": self._bucket(variables),
                     }
                 }
             }
         if name == "UpsertBucket":
-            return {"data": {"upsertBucket": {"bucket": self._upsert(given), "inserted": True}}}
+            return {"data": {"upsertBucket": {"bucket": self._upsert(variables), "inserted": True}}}
         if name == "CreateRunFiles":
-            run = given.get("run") or given.get("runName")
+            run = variables.get("run") or variables.get("runName")
             files = [
                 {"name": file, "uploadUrl": f"{self.url}/upload/{run}/{file}"}
-                for file in given["files"]
+                for file in variables["files"]
             ]
             return {"data": {"createRunFiles": {"runID": run, "uploadHeaders": [], "files": files}}}
         if name in (
@@ -222,14 +222,14 @@ class Stub:
             "UpdateArtifactManifest",
             "CommitArtifact",
         ):
-            return {"data": self._artifact(name, given)}
+            return {"data": self._artifact(name, variables)}
         if name == "NotifyScriptableRunAlert":
-            self.alerts.append(given)
+            self.alerts.append(variables)
             return {"data": {"notifyScriptableRunAlert": {"success": True}}}
         return {"errors": [{"message": f"this server does not know {name}"}]}
 
-    def _upsert(self, given: dict[str, Any]) -> dict[str, Any]:
-        run = self.runs.setdefault(given["name"], Run())
+    def _upsert(self, variables: dict[str, Any]) -> dict[str, Any]:
+        run = self.runs.setdefault(variables["name"], Run())
         run.starts += 1
         for ours, theirs in (
             ("display", "displayName"),
@@ -238,12 +238,12 @@ class Stub:
             ("notes", "notes"),
             ("commit", "commit"),
         ):
-            setattr(run, ours, given.get(theirs) or getattr(run, ours))
-        run.tags = given.get("tags") or run.tags
-        run.config |= json.loads(given.get("config") or "{}")
+            setattr(run, ours, variables.get(theirs) or getattr(run, ours))
+        run.tags = variables.get("tags") or run.tags
+        run.config |= json.loads(variables.get("config") or "{}")
         return {
-            "id": base64.b64encode(given["name"].encode()).decode(),
-            "name": given["name"],
+            "id": base64.b64encode(variables["name"].encode()).decode(),
+            "name": variables["name"],
             "displayName": run.display,
             "description": None,
             "config": json.dumps(run.config),
@@ -251,13 +251,13 @@ class Stub:
             "historyLineCount": self._count(run, "wandb-history.jsonl"),
             "project": {
                 "id": "p",
-                "name": given.get("project") or "graft",
+                "name": variables.get("project") or "graft",
                 "entity": {"id": "e", "name": "me"},
             },
         }
 
-    def _bucket(self, given: dict[str, Any]) -> dict[str, Any] | None:
-        run = self.runs.get(given["name"])
+    def _bucket(self, variables: dict[str, Any]) -> dict[str, Any] | None:
+        run = self.runs.get(variables["name"])
         if run is None:
             return None
         history, events = (
@@ -265,8 +265,8 @@ class Stub:
             run.lines.get("wandb-events.jsonl", []),
         )
         return {
-            "id": given["name"],
-            "name": given["name"],
+            "id": variables["name"],
+            "name": variables["name"],
             "summaryMetrics": json.dumps(run.summary),
             "displayName": run.display,
             "logLineCount": 0,
@@ -280,8 +280,8 @@ class Stub:
             "stopped": False,
         }
 
-    def _artifact(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
-        asked = given.get("input") or given
+    def _artifact(self, name: str, variables: dict[str, Any]) -> dict[str, Any]:
+        asked = variables.get("input") or variables
         if name == "ArtifactType":
             return {"project": {"artifact": None}}
         if name == "CreateArtifact":
@@ -329,12 +329,12 @@ class Stub:
         return len(run.lines.get(name, []))
 
     @staticmethod
-    def _stream(run: Run, told: dict[str, Any]) -> None:
-        for name, part in (told.get("files") or {}).items():
+    def _stream(run: Run, posted: dict[str, Any]) -> None:
+        for name, part in (posted.get("files") or {}).items():
             if name == "wandb-summary.json":
                 run.summary = json.loads(part["content"][-1])
                 continue
             lines = run.lines.setdefault(name, [])
             lines[part["offset"] :] = part["content"]
-        if "exitcode" in told:
-            run.exits.append(told["exitcode"])
+        if "exitcode" in posted:
+            run.exits.append(posted["exitcode"])

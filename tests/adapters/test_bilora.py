@@ -65,10 +65,10 @@ def test_a_layer_computes_with_rounded_factors_and_their_gradients(bits, fused):
     expected = torch.stack([w @ row + 0.7 * B @ (A @ row) + adapted.base.bias for row in rows])
     torch.testing.assert_close(y.reshape(12, 5), expected)
     torch.testing.assert_close(adapted.delta.weight(w), w + 0.7 * B @ A)
-    wanted = 0.7 * sum(torch.outer(g, A @ row) for g, row in zip(gradients, rows, strict=True))
-    torch.testing.assert_close(adapted.delta.B.grad, wanted)
-    wanted = 0.7 * sum(torch.outer(B.T @ g, row) for g, row in zip(gradients, rows, strict=True))
-    torch.testing.assert_close(adapted.delta.A.grad, wanted)
+    reference = 0.7 * sum(torch.outer(g, A @ row) for g, row in zip(gradients, rows, strict=True))
+    torch.testing.assert_close(adapted.delta.B.grad, reference)
+    reference = 0.7 * sum(torch.outer(B.T @ g, row) for g, row in zip(gradients, rows, strict=True))
+    torch.testing.assert_close(adapted.delta.A.grad, reference)
 
 
 def test_zeros_stay_zero_and_learn_more_than_their_mean():

@@ -100,8 +100,8 @@ def config_of(folder: Path) -> Any:
     return json.loads((folder / "adapter_config.json").read_text())
 
 
-def equal(found: Any, wanted: Tensor, most: float) -> None:
-    torch.testing.assert_close(toys.logits(found), wanted, rtol=0, atol=most)
+def equal(actual: Any, expected: Tensor, most: float) -> None:
+    torch.testing.assert_close(toys.logits(actual), expected, rtol=0, atol=most)
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -116,16 +116,16 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_stock_peft_answers_and_merges_alike(tmp_path, kind, dtype):
     adapter, model = attached(kind, toys.llama(dtype))
-    wanted, most = toys.logits(model), EXACT if dtype == torch.float64 else 1e-4
-    assert (wanted - toys.logits(toys.llama(dtype))).abs().mean() > 0.3
-    equal(written(toys.llama(dtype), model), wanted, 1e-4 if dtype == torch.float32 else 1e-11)
+    expected, most = toys.logits(model), EXACT if dtype == torch.float64 else 1e-4
+    assert (expected - toys.logits(toys.llama(dtype))).abs().mean() > 0.3
+    equal(written(toys.llama(dtype), model), expected, 1e-4 if dtype == torch.float32 else 1e-11)
     adapter.save(model, tmp_path, "base", "CAUSAL_LM")
 
-    found, supports = tensors(tmp_path), sparse.supports(model)
-    assert len(found) == 14 * (4 if kind == "rosa" else 2)
+    actual, supports = tensors(tmp_path), sparse.supports(model)
+    assert len(actual) == 14 * (4 if kind == "rosa" else 2)
     for name, adapted in sparse.layers(model):
-        values = found[f"base_model.model.{name}.supertuning_values"]
-        indices = found[f"base_model.model.{name}.supertuning_indices"]
+        values = actual[f"base_model.model.{name}.supertuning_values"]
+        indices = actual[f"base_model.model.{name}.supertuning_indices"]
         assert (values.dtype, indices.dtype) == (torch.float32, torch.int32)
         assert torch.equal(values, adapted.delta.values)
         assert torch.equal(indices, supports[name])
@@ -138,12 +138,12 @@ def test_stock_peft_answers_and_merges_alike(tmp_path, kind, dtype):
     assert (config["r"], config["lora_alpha"]) == ((4, 6.0) if kind == "rosa" else (None, None))
 
     loaded: Any = peft.PeftModel.from_pretrained(toys.llama(dtype), tmp_path).eval()
-    equal(loaded, wanted, most)
+    equal(loaded, expected, most)
     with loaded.disable_adapter():
         assert torch.equal(toys.logits(loaded), toys.logits(toys.llama(dtype)))
     merged: Any = loaded.merge_and_unload(safe_merge=True)
     assert not any("supertuning" in name for name in merged.state_dict())
-    equal(merged, wanted, most)
+    equal(merged, expected, most)
     equal(adapter.merge(model), toys.logits(merged), most)
 
 
@@ -166,9 +166,9 @@ def test_stock_peft_has_our_gradient_and_trains_nothing_else(tmp_path, low_cpu_m
         ):
             gradient = getattr(adapted.delta, own).grad
             assert gradient.abs().max() > 0
-            found = theirs[f"base_model.model.{name}.supertuning_{their}"].grad
+            actual = theirs[f"base_model.model.{name}.supertuning_{their}"].grad
             torch.testing.assert_close(
-                found.float(), gradient.float(), rtol=1e-4, atol=1e-6 * float(gradient.abs().max())
+                actual.float(), gradient.float(), rtol=1e-4, atol=1e-6 * float(gradient.abs().max())
             )
 
 
@@ -239,7 +239,7 @@ def test_other_densities_are_padded_and_exact(tmp_path, kind, pair):
         delta: Any = adapted.delta
         delta.take_out(adapted.base)
         delta.set_support(torch.cat([delta.indices.new_zeros(1), delta.indices[1:]]), adapted.base)
-    wanted = toys.logits(model)
+    expected = toys.logits(model)
     if pair:
         adapter.save_pair(model, tmp_path, "base", "CAUSAL_LM")
         folder, key, values_key = (
@@ -250,11 +250,11 @@ def test_other_densities_are_padded_and_exact(tmp_path, kind, pair):
     else:
         adapter.save(model, tmp_path, "base", "CAUSAL_LM")
         folder, key, values_key = tmp_path, "supertuning_indices", "supertuning_values"
-    found, supports, budget = tensors(folder), sparse.supports(model), config_of(folder).get("r")
+    actual, supports, budget = tensors(folder), sparse.supports(model), config_of(folder).get("r")
     for name, adapted in sparse.layers(model):
         o, i = adapted.base.weight.shape
         k = budget * (o + i) if pair else mask.entries(o, i, 0.29, name)
-        indices, values = (found[f"base_model.model.{name}.{each}"] for each in (key, values_key))
+        indices, values = (actual[f"base_model.model.{name}.{each}"] for each in (key, values_key))
         flat = indices[0] * i + indices[1] if pair else indices
         count = len(supports[name])
         assert len(flat) == len(values) == k
@@ -269,9 +269,9 @@ def test_other_densities_are_padded_and_exact(tmp_path, kind, pair):
         )
         assert budget == least
     loaded: Any = adapter.load_stock(toys.llama(), tmp_path).eval()
-    equal(loaded, wanted, EXACT)
+    equal(loaded, expected, EXACT)
     if not (pair and kind == "rosa"):
-        equal(loaded.merge_and_unload(safe_merge=True), wanted, EXACT)
+        equal(loaded.merge_and_unload(safe_merge=True), expected, EXACT)
 
 
 def deltas(model: Any) -> list[tuple[str, Any]]:
@@ -318,14 +318,14 @@ def test_on_a_bf16_base_the_two_round_elsewhere(tmp_path, kind):
     """Ours rounds W + S once. PEFT rounds S to bf16, then W + S, and B A x is in fp32 there: as far
     from what is right."""
     adapter, model = attached(kind, toys.llama(torch.bfloat16))
-    wanted = toys.logits(model)
+    expected = toys.logits(model)
     adapter.save(model, tmp_path, "base", "CAUSAL_LM")
     loaded: Any = peft.PeftModel.from_pretrained(toys.llama(torch.bfloat16), tmp_path).eval()
     theirs = toys.logits(loaded)
     right = toys.logits(written(toys.exact(toys.llama(torch.bfloat16).double()), model))
     ours_off, off, merged_off = (
         (each.double() - right).abs().mean()
-        for each in (wanted, theirs, toys.logits(loaded.merge_and_unload(safe_merge=True)))
+        for each in (expected, theirs, toys.logits(loaded.merge_and_unload(safe_merge=True)))
     )
     assert 0 < ours_off < 4 * 2**-8 * right.abs().max()
     assert off < 1.5 * ours_off
@@ -355,14 +355,14 @@ def test_values_in_bf16_are_exported_as_they_are(tmp_path, kind):
 )
 def test_as_shira_and_lora_it_answers_alike(tmp_path, kind, dtype):
     adapter, model = attached(kind, toys.llama(dtype))
-    wanted, most = toys.logits(model), EXACT if dtype == torch.float64 else 1e-4
+    expected, most = toys.logits(model), EXACT if dtype == torch.float64 else 1e-4
     adapter.save_pair(model, tmp_path, "base", "CAUSAL_LM")
     assert sorted(path.name for path in tmp_path.iterdir()) == (
         ["lora", "shira"]
         if kind == "rosa"
         else ["adapter_config.json", "adapter_model.safetensors"]
     )
-    equal(adapter.load_stock(toys.llama(dtype), tmp_path).eval(), wanted, most)
+    equal(adapter.load_stock(toys.llama(dtype), tmp_path).eval(), expected, most)
     alone = peft.PeftModel.from_pretrained(
         toys.llama(dtype), tmp_path / ("shira" if kind == "rosa" else "")
     ).eval()
@@ -371,8 +371,8 @@ def test_as_shira_and_lora_it_answers_alike(tmp_path, kind, dtype):
             delta.B.data.zero_()
         equal(alone, toys.logits(model), most)
     else:
-        equal(alone, wanted, most)
-        equal(alone.merge_and_unload(safe_merge=True), wanted, most)  # type: ignore[operator]
+        equal(alone, expected, most)
+        equal(alone.merge_and_unload(safe_merge=True), expected, most)  # type: ignore[operator]
 
 
 def dequantised(base: Any) -> Any:
@@ -388,15 +388,15 @@ def dequantised(base: Any) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 def test_from_an_nf4_base_it_is_shira_and_lora(tmp_path, folder, kind):
     adapter, model = attached(kind, toys.quantised(folder, "nf4"))
-    wanted = toys.logits(model)
+    expected = toys.logits(model)
     adapter.save(model, tmp_path, "base", "CAUSAL_LM")
     shira = tmp_path / ("shira" if kind == "rosa" else "")
     assert config_of(shira)["peft_type"] == "SHIRA"
     if kind == "rosa":
         assert config_of(tmp_path / "lora")["peft_type"] == "LORA"
-    equal(adapter.load_stock(toys.quantised(folder, "nf4"), tmp_path).eval(), wanted, 1e-4)
-    equal(written(dequantised(toys.quantised(folder, "nf4")), model), wanted, 1e-4)
-    assert (toys.logits(toys.quantised(folder, "nf4")) - wanted).abs().mean() > 0.3
+    equal(adapter.load_stock(toys.quantised(folder, "nf4"), tmp_path).eval(), expected, 1e-4)
+    equal(written(dequantised(toys.quantised(folder, "nf4")), model), expected, 1e-4)
+    assert (toys.logits(toys.quantised(folder, "nf4")) - expected).abs().mean() > 0.3
 
 
 @pytest.mark.long
@@ -406,14 +406,14 @@ def test_from_an_int8_base_it_is_shira(tmp_path, folder, kind):
     assert adapter.exportable
     adapter.save(model, tmp_path, "base", "CAUSAL_LM")
     assert config_of(tmp_path)["peft_type"] == "SHIRA"
-    wanted = toys.logits(model)
-    equal(written(dequantised(toys.quantised(folder, "int8")), model), wanted, 1e-4)
+    expected = toys.logits(model)
+    equal(written(dequantised(toys.quantised(folder, "int8")), model), expected, 1e-4)
     equal(
         peft.PeftModel.from_pretrained(toys.quantised(folder, "int8"), tmp_path).eval(),
-        wanted,
+        expected,
         1e-4,
     )
-    assert (toys.logits(toys.quantised(folder, "int8")) - wanted).abs().mean() > 0.3
+    assert (toys.logits(toys.quantised(folder, "int8")) - expected).abs().mean() > 0.3
 
 
 # what has no container
@@ -532,12 +532,12 @@ def test_a_classification_head_goes_along(tmp_path, kind, pair):
     (adapter.save_pair if pair else adapter.save)(model, tmp_path, "base", "SEQ_CLS")
     ids = toys.IDS.clamp_min(1)
     with torch.no_grad():
-        wanted = model(input_ids=ids).logits
+        expected = model(input_ids=ids).logits
         loaded = adapter.load_stock(classifier(), tmp_path).eval()
-        torch.testing.assert_close(loaded(input_ids=ids).logits, wanted, rtol=0, atol=1e-4)
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
         for _, adapted in sparse.layers(model):
             adapted.delta.take_out(adapted.base)
-        assert (classifier()(input_ids=ids).logits - wanted).abs().mean() > 0.3
+        assert (classifier()(input_ids=ids).logits - expected).abs().mean() > 0.3
     heads = [
         path
         for path in tmp_path.rglob("adapter_model.safetensors")
@@ -558,11 +558,11 @@ def test_an_exported_adapter_is_a_mask(tmp_path, kind):
     adapter.save(model, tmp_path, "base", "CAUSAL_LM")
     _, other = attached("rosa", toys.llama(), mask=str(tmp_path))
     _, elsewhere = attached("rosa", toys.llama(), mask_seed=5)
-    found, wanted = sparse.supports(other), sparse.supports(model)
-    assert len(found) == 14
-    assert all(torch.equal(indices, wanted[name]) for name, indices in found.items())
+    actual, expected = sparse.supports(other), sparse.supports(model)
+    assert len(actual) == 14
+    assert all(torch.equal(indices, expected[name]) for name, indices in actual.items())
     assert not any(
-        torch.equal(indices, wanted[name]) for name, indices in sparse.supports(elsewhere).items()
+        torch.equal(indices, expected[name]) for name, indices in sparse.supports(elsewhere).items()
     )
     with pytest.raises(
         AdapterError,
@@ -589,16 +589,16 @@ def test_a_mask_that_does_not_fit_is_found_before_weights_are_loaded(tmp_path):
 def test_processes_compare_their_supports_at_the_first_step(kind, monkeypatch):
     seen: list[dict[str, Tensor]] = []
     adapter, model = attached(kind, toys.llama())
-    wanted = {name: indices.clone() for name, indices in sparse.supports(model).items()}
+    expected = {name: indices.clone() for name, indices in sparse.supports(model).items()}
     monkeypatch.setattr(
         mask,
         "refuse_divergence",
-        lambda found: seen.append({n: indices.clone() for n, indices in found.items()}),
+        lambda actual: seen.append({n: indices.clone() for n, indices in actual.items()}),
     )
     toys.train(adapter, model, range(2))
     assert len(seen) == (2 if kind == "spiel" else 1)  # SpIEL's support moves after its first step
-    assert len(wanted) == len(seen[0]) == 14
-    assert all(torch.equal(indices, wanted[name]) for name, indices in seen[0].items())
+    assert len(expected) == len(seen[0]) == 14
+    assert all(torch.equal(indices, expected[name]) for name, indices in seen[0].items())
     assert all(
         torch.equal(indices, sparse.supports(model)[name]) for name, indices in seen[-1].items()
     )
@@ -655,12 +655,12 @@ def test_a_padded_export_is_a_mask_too(tmp_path):
         "rosa", toys.llama(), density=0.02, density_pattern={"down_proj": 0.05}, mask="random"
     )
     adapter.save(model, tmp_path, "base", "CAUSAL_LM")
-    wanted = sparse.supports(model)
+    expected = sparse.supports(model)
     _, again = attached(
         "rosa", toys.llama(), density=0.02, density_pattern={"down_proj": 0.05}, mask=str(tmp_path)
     )
     assert all(
-        torch.equal(support, wanted[name]) for name, support in sparse.supports(again).items()
+        torch.equal(support, expected[name]) for name, support in sparse.supports(again).items()
     )
     with pytest.raises(AdapterError, match=r"Set adapter\.density to the mask's"):
         attached(

@@ -31,16 +31,16 @@ def adapted(kind: str, dtype: torch.dtype = torch.float64) -> Any:
 @pytest.mark.parametrize("kind", ["lora", "rosa"])
 def test_folded_layers_answer_the_same_and_get_their_bits_back(kind):
     model, layers = adapted(kind)
-    wanted = toys.logits(model)
+    expected = toys.logits(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with switched_off(model):
         base = toys.logits(model)
-    assert not torch.allclose(wanted, base)
+    assert not torch.allclose(expected, base)
     with folded(model) as count:
         assert count == len(layers) > 0
         assert not any(isinstance(module, AdaptedLinear) for module in model.modules())
-        torch.testing.assert_close(toys.logits(model), wanted, rtol=1e-5, atol=1e-6)
-    assert torch.equal(toys.logits(model), wanted)
+        torch.testing.assert_close(toys.logits(model), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(toys.logits(model), expected)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 

@@ -74,9 +74,9 @@ def test_it_is_stock_pefts_layer(kind):
         b.copy_(ours.delta.B)
     x, upstream = torch.randn(3, 5, 64), torch.randn(3, 5, 96)
     actual = results(ours, x, upstream, [ours.delta.A, ours.delta.B])
-    for mine, wanted in zip(actual, results(theirs, x, upstream, [a, b]), strict=True):
+    for mine, expected in zip(actual, results(theirs, x, upstream, [a, b]), strict=True):
         # Sums in another order: one gradient of A differed by 1.1e-5, of up to 88.
-        torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+        torch.testing.assert_close(mine, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -90,9 +90,9 @@ def test_one_operation_is_two(kind, dtype):
     # sums in another order: some last bits of the compute dtype
     tolerance = 1e-5 if dtype == torch.float32 else 2**-6
     pairs = [results(m, x, upstream, [m.delta.A, m.delta.B]) for m in (one, two)]
-    for mine, wanted in zip(*pairs, strict=True):
-        assert mine.dtype == wanted.dtype
-        assert (mine - wanted).abs().max() <= tolerance * wanted.abs().max()
+    for mine, expected in zip(*pairs, strict=True):
+        assert mine.dtype == expected.dtype
+        assert (mine - expected).abs().max() <= tolerance * expected.abs().max()
     no_dx = one(x)
     torch.testing.assert_close(
         torch.autograd.grad(no_dx, one.delta.B, upstream)[0], pairs[0][3], rtol=0, atol=0
@@ -124,8 +124,8 @@ def test_an_input_that_can_be_recomputed_is_not_saved():
     assert saved_bytes(one, x, True) < saved_bytes(two, x, True)
     recomputed = x * 2.0
     recomputed.recompute = Recompute(lambda t: t * 2.0, (x,))  # type: ignore[attr-defined]
-    wanted = torch.autograd.grad(one(x * 2.0).sum(), one.delta.A)[0]
-    assert torch.equal(torch.autograd.grad(one(recomputed).sum(), one.delta.A)[0], wanted)
+    expected = torch.autograd.grad(one(x * 2.0).sum(), one.delta.A)[0]
+    assert torch.equal(torch.autograd.grad(one(recomputed).sum(), one.delta.A)[0], expected)
 
 
 def test_dropout_autocast_and_other_layers_take_two_operations(monkeypatch):

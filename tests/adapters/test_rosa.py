@@ -78,19 +78,19 @@ def train(
 
 def parts(model: Any) -> dict[str, dict[str, Tensor]]:
     """A, B and a dense S of each adapted layer."""
-    found = {}
+    actual = {}
     for name, layer in sparse.layers(model):
         delta: Any = layer.delta
         s = torch.zeros(delta.o, delta.i, dtype=torch.float64)
         if delta.has_support:
             for entry, value in zip(delta.indices.tolist(), delta.values.tolist(), strict=True):
                 s[entry // delta.i, entry % delta.i] = value
-        found[name] = {"S": s} | (
+        actual[name] = {"S": s} | (
             {"A": delta.A.detach().clone(), "B": delta.B.detach().clone()}
             if delta.A is not None
             else {}
         )
-    return found
+    return actual
 
 
 def masks(model: Any) -> dict[str, list[int]]:
@@ -126,12 +126,12 @@ class Dense(nn.Module):
 def dense(model: Any) -> tuple[Any, dict[str, Dense]]:
     """A plain model with Dense layers that start as the adapted model does."""
     plain = llama().requires_grad_(False)
-    found = {}
+    actual = {}
     for name, layer in sparse.layers(model):
-        found[name] = Dense(layer)
+        actual[name] = Dense(layer)
         parent, _, child = name.rpartition(".")
-        setattr(plain.get_submodule(parent), child, found[name])
-    return plain, found
+        setattr(plain.get_submodule(parent), child, actual[name])
+    return plain, actual
 
 
 def largest(scores: Tensor, k: int) -> list[int]:
@@ -160,7 +160,7 @@ def collected(plain: Any, layers: dict[str, Dense], micro: list[Tensor]) -> dict
     """dL/dW of each micro-batch of a step; gradients of all matrices stay in them, summed over the
     step."""
     plain.zero_grad()
-    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    actual: dict[str, list[Tensor]] = {name: [] for name in layers}
     for ids in micro:
         before = {
             name: layer.W.grad.clone() if layer.W.grad is not None else 0.0
@@ -168,8 +168,8 @@ def collected(plain: Any, layers: dict[str, Dense], micro: list[Tensor]) -> dict
         }
         (toys.loss(plain, ids) / len(micro)).backward()
         for name, layer in layers.items():
-            found[name].append(layer.W.grad - before[name])  # type: ignore[operator, arg-type]
-    return found
+            actual[name].append(layer.W.grad - before[name])  # type: ignore[operator, arg-type]
+    return actual
 
 
 def chosen(gradients: list[Tensor], k: int, score: str, scores: str = "exact") -> list[int]:
@@ -232,14 +232,14 @@ def reference(
     }
 
 
-def same(found: dict[str, dict[str, Tensor]], right: dict[str, dict[str, Tensor]]) -> None:
+def same(actual: dict[str, dict[str, Tensor]], right: dict[str, dict[str, Tensor]]) -> None:
     """All parts are right to a part in 10⁸ of an Adam step, and all have moved."""
-    assert found.keys() == right.keys()
+    assert actual.keys() == right.keys()
     for name, tensors in right.items():
-        assert found[name].keys() == tensors.keys()
-        for key, wanted in tensors.items():
-            assert wanted.abs().max() > 0.1 * LR, (name, key)
-            assert (found[name][key] - wanted).abs().max() < 1e-8 * LR, (name, key)
+        assert actual[name].keys() == tensors.keys()
+        for key, expected in tensors.items():
+            assert expected.abs().max() > 0.1 * LR, (name, key)
+            assert (actual[name][key] - expected).abs().max() < 1e-8 * LR, (name, key)
 
 
 # the mask
@@ -271,18 +271,18 @@ def test_the_mask_is_of_the_largest_gradients(micro, mask_steps, score, scores, 
             seen.setdefault(name, []).extend(gradients)
         train(adapter, model, steps[1 + number : 2 + number], 1 + number, optimizer)
     assert all(layer.delta.B.any() for _, layer in sparse.layers(model))
-    found = masks(model)
-    assert len(found) == 14
+    actual = masks(model)
+    assert len(actual) == 14
     for name, gradients in seen.items():
         k = int(density * gradients[0].numel())
-        assert found[name] == chosen(gradients, k, score, scores)
+        assert actual[name] == chosen(gradients, k, score, scores)
         if scores == "candidates" and density >= 0.25:
-            assert found[name] == chosen(gradients, k, score)
+            assert actual[name] == chosen(gradients, k, score)
     # the two differ, so that neither is tested by the other's right answer
     if scores == "exact" and micro * mask_steps > 1:
         other = "mean" if score == "squared" else "squared"
         assert any(
-            found[name] != chosen(gradients, len(found[name]), other)
+            actual[name] != chosen(gradients, len(actual[name]), other)
             for name, gradients in seen.items()
         )
 
@@ -331,22 +331,22 @@ def test_micro_batches_that_are_not_finite_do_not_count(changes, schedule):
     steps = data(2, 3)
     adapter, model = attached(warmup_steps=0, mask_steps=2, schedule=schedule, **changes)
     plain, layers = dense(model)
-    gradients = {name: found[1:] for name, found in collected(plain, layers, steps[0]).items()}
+    gradients = {name: actual[1:] for name, actual in collected(plain, layers, steps[0]).items()}
     optimizer = train(adapter, model, steps[:1], broken=((0, 0),))
     assert not any(tensors["B"].any() for tensors in parts(model).values() if "B" in tensors)
-    for name, found in collected(plain, layers, steps[1]).items():
-        gradients[name] += found[:2]
+    for name, actual in collected(plain, layers, steps[1]).items():
+        gradients[name] += actual[:2]
     train(adapter, model, steps[1:], 1, optimizer, broken=((1, 2),))
-    found = masks(model)
-    assert len(found) == 14
+    actual = masks(model)
+    assert len(actual) == 14
     for name, finite in gradients.items():
-        wanted = chosen(
+        expected = chosen(
             finite,
-            len(found[name]),
+            len(actual[name]),
             changes.get("score", "squared"),
             changes.get("scores", "exact"),
         )
-        assert found[name] == wanted
+        assert actual[name] == expected
 
 
 @pytest.mark.parametrize("scores", ["exact", "candidates", "first"])
@@ -367,12 +367,12 @@ def test_densities_by_pattern():
     plain, layers = dense(model)
     gradients = collected(plain, layers, steps[0])
     train(adapter, model, steps)
-    found = masks(model)
-    assert len(found["model.layers.0.mlp.down_proj"]) == 32 * 48 // 4
-    assert len(found["model.layers.1.self_attn.q_proj"]) == 10
-    assert len(found["model.layers.0.self_attn.q_proj"]) == 51
+    actual = masks(model)
+    assert len(actual["model.layers.0.mlp.down_proj"]) == 32 * 48 // 4
+    assert len(actual["model.layers.1.self_attn.q_proj"]) == 10
+    assert len(actual["model.layers.0.self_attn.q_proj"]) == 51
     for name, of_layer in gradients.items():
-        assert found[name] == chosen(of_layer, len(found[name]), "squared")
+        assert actual[name] == chosen(of_layer, len(actual[name]), "squared")
 
 
 def test_what_the_mask_is_like_is_told(tmp_path):
@@ -390,8 +390,8 @@ def test_what_the_mask_is_like_is_told(tmp_path):
         rows.append(len({entry // i for entry in entries}) / o)
         columns.append(len({entry % i for entry in entries}) / i)
         among.append(len(set(entries) & set(largest(weight.abs(), len(entries)))) / len(entries))
-    wanted = {"mask_rows": rows, "mask_columns": columns, "mask_among_largest": among}
-    assert news == pytest.approx({key: sum(values) / 14 for key, values in wanted.items()})
+    expected = {"mask_rows": rows, "mask_columns": columns, "mask_among_largest": among}
+    assert news == pytest.approx({key: sum(values) / 14 for key, values in expected.items()})
     assert 0 < news["mask_among_largest"] < news["mask_rows"] <= 1
 
 
@@ -520,10 +520,10 @@ def test_lora_only_is_lora(tmp_path, changes):
     assert sorted(path.name for path in one.iterdir()) == sorted(
         path.name for path in other.iterdir()
     )
-    config, wanted = (
+    config, expected = (
         json.loads((folder / "adapter_config.json").read_text()) for folder in (one, other)
     )
-    assert config == wanted
+    assert config == expected
     tensors, right = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
     assert tensors.keys() == right.keys()
     for name, tensor in right.items():
@@ -564,17 +564,17 @@ def test_other_masks_are_live_from_the_first_step(tmp_path, mask, schedule):
     file = tmp_path / "given.safetensors"
     if mask == "file":
         draw = torch.Generator().manual_seed(9)
-        given = {}
+        chosen = {}
         for name, layer in sparse.layers(attached()[1]):
             k = int(DENSITY * layer.base.weight.numel())
             # not in order
-            given[name] = torch.randperm(layer.base.weight.numel(), generator=draw)[:k].int()
+            chosen[name] = torch.randperm(layer.base.weight.numel(), generator=draw)[:k].int()
         save_file(
-            given,
+            chosen,
             file,
             {
                 "shapes": json.dumps(
-                    {name: list(llama().get_submodule(name).weight.shape) for name in given}
+                    {name: list(llama().get_submodule(name).weight.shape) for name in chosen}
                 )
             },
         )
@@ -588,10 +588,10 @@ def test_other_masks_are_live_from_the_first_step(tmp_path, mask, schedule):
     _, untouched = attached(**changes)
     assert adapter.restart == 0
     assert torch.equal(toys.logits(model), toys.logits(llama()))
-    found = masks(model)
-    assert len(found) == 14
+    actual = masks(model)
+    assert len(actual) == 14
     spread: list[float] = []
-    for name, entries in found.items():
+    for name, entries in actual.items():
         weight = llama().get_submodule(name).weight.detach()
         assert len(set(entries)) == len(entries) == int(DENSITY * weight.numel())
         if mask == "magnitude":
@@ -599,19 +599,20 @@ def test_other_masks_are_live_from_the_first_step(tmp_path, mask, schedule):
         elif mask == "decompose":
             assert entries == decomposed(weight, len(entries), adapter.fitted_rank)
         elif mask == "file":
-            assert entries == sorted(given[name].tolist())
+            assert entries == sorted(chosen[name].tolist())
         else:
             spread += [entry / weight.numel() for entry in entries]
     if mask == "random":
         assert torch.histc(torch.tensor(spread), 4, 0, 1).min() > 0.2 * len(spread)
     saved = load_file(tmp_path / "masks.safetensors")
-    assert {name: tensor.tolist() for name, tensor in saved.items()} == found
+    assert {name: tensor.tolist() for name, tensor in saved.items()} == actual
     assert {tensor.dtype for tensor in saved.values()} == {torch.int32}
     steps = data(3, 2)
     train(adapter, model, steps)
-    assert masks(model) == found
+    assert masks(model) == actual
     same(
-        parts(model), reference(untouched, steps, 0, 0, 0.3, 0.0, low=schedule == "wl", fixed=found)
+        parts(model),
+        reference(untouched, steps, 0, 0, 0.3, 0.0, low=schedule == "wl", fixed=actual),
     )
 
 
@@ -642,28 +643,28 @@ def meta(**changes: Any) -> Any:
     ("spoil", "changes", "message"),
     [
         (
-            lambda found: None,
+            lambda actual: None,
             {"density": 0.06},
             r"51 entries for .*q_proj \(density 0\.0498\d+\) where .* ask for 61",
         ),
         (
-            lambda found: None,
+            lambda actual: None,
             {"target_modules": ["q_proj"]},
             "0 layers are missing .*, 12 are not adapted here",
         ),
-        (lambda found: found.popitem(), {}, "1 layers are missing"),
+        (lambda actual: actual.popitem(), {}, "1 layers are missing"),
         (
-            lambda found: next(iter(found.values())).fill_(1),
+            lambda actual: next(iter(actual.values())).fill_(1),
             {},
             "leave the weight's .* entries, or repeat",
         ),
         (
-            lambda found: next(iter(found.values())).add_(1 << 20),
+            lambda actual: next(iter(actual.values())).add_(1 << 20),
             {},
             "leave the weight's .* entries, or repeat",
         ),
         (
-            lambda found: next(iter(found.values())).neg_(),
+            lambda actual: next(iter(actual.values())).neg_(),
             {},
             "leave the weight's .* entries, or repeat",
         ),
@@ -675,10 +676,10 @@ def test_a_mask_that_does_not_fit_is_refused_before_there_are_weights(
     attached(Start(steps=1, folder=tmp_path), mask="random")
     file = tmp_path / "masks.safetensors"
     make(mask=str(file)).attach(meta(), Start(steps=1))
-    found = load_file(file)
-    shapes = {name: list(llama().get_submodule(name).weight.shape) for name in found}
-    spoil(found)
-    save_file(found, file, {"shapes": json.dumps({name: shapes[name] for name in found})})
+    actual = load_file(file)
+    shapes = {name: list(llama().get_submodule(name).weight.shape) for name in actual}
+    spoil(actual)
+    save_file(actual, file, {"shapes": json.dumps({name: shapes[name] for name in actual})})
     with pytest.raises(AdapterError, match=message) as refusal:
         make(mask=str(file), **changes).attach(meta(), Start(steps=1))
     assert f"adapter.mask={file}" in str(refusal.value)

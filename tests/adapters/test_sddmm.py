@@ -63,12 +63,12 @@ def gathered(case: dict[str, Tensor], *chunk: int) -> Tensor:
 @pytest.mark.parametrize("sizes", SIZES)
 def test_both_ways_are_the_loop(sizes):
     case = drawn(*sizes)
-    wanted = naive(case)
-    assert wanted.abs().min() > 0
-    found = sampled(case)
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(gathered(case), wanted, rtol=1e-12, atol=1e-13)
+    expected = naive(case)
+    assert expected.abs().min() > 0
+    actual = sampled(case)
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(gathered(case), expected, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -96,8 +96,8 @@ def test_rows_without_an_entry_cost_and_give_nothing(flat):
     case["crow"] = torch.tensor(
         [sum(entry // 11 < row for entry in flat) for row in range(8)], dtype=torch.int32
     )
-    for found in (sampled(case), gathered(case), gathered(case, 11), gathered(case, 22)):
-        torch.testing.assert_close(found, naive(case), rtol=1e-12, atol=1e-13)
+    for actual in (sampled(case), gathered(case), gathered(case, 11), gathered(case, 22)):
+        torch.testing.assert_close(actual, naive(case), rtol=1e-12, atol=1e-13)
 
 
 def test_no_more_of_the_dense_gradient_exists_than_was_said():
@@ -123,25 +123,25 @@ def test_no_more_of_the_dense_gradient_exists_than_was_said():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     case = drawn(37, 13, 17, 60, dtype)
-    wanted = naive(case)
-    found = sampled(case)
-    assert found.dtype == torch.float32
+    expected = naive(case)
+    actual = sampled(case)
+    assert actual.dtype == torch.float32
     # Products of two half-precision numbers are exact in fp32, so that only sums of 37 are rounded.
-    assert (found.double() - wanted).abs().max() < 37 * 2**-24 * wanted.abs().max()
+    assert (actual.double() - expected).abs().max() < 37 * 2**-24 * expected.abs().max()
     for rows in (1, 4, 13):
-        found = gathered(case, rows * 17)
-        assert found.dtype == dtype
+        actual = gathered(case, rows * 17)
+        assert actual.dtype == dtype
         # Sums are fp32 inside of the product, and the result is rounded once.
-        assert (found.double() - wanted).abs().max() < (
+        assert (actual.double() - expected).abs().max() < (
             torch.finfo(dtype).eps + 37 * 2**-24
-        ) * wanted.abs().max()
+        ) * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_no_tokens_give_zeros(dtype):
     case = drawn(0, 7, 11, 13, dtype)
-    for found in (sampled(case), gathered(case), gathered(case, 11)):
-        assert torch.equal(found.double(), torch.zeros(13, dtype=torch.float64))
+    for actual in (sampled(case), gathered(case), gathered(case, 11)):
+        assert torch.equal(actual.double(), torch.zeros(13, dtype=torch.float64))
 
 
 def test_transposed_and_sliced_inputs():
@@ -152,8 +152,8 @@ def test_transposed_and_sliced_inputs():
     }
     assert not apart["dy"].is_contiguous()
     assert not apart["x"].is_contiguous()
-    for found in (sampled(apart), gathered(apart), gathered(apart, 11)):
-        torch.testing.assert_close(found, naive(case), rtol=1e-12, atol=1e-13)
+    for actual in (sampled(apart), gathered(apart), gathered(apart, 11)):
+        torch.testing.assert_close(actual, naive(case), rtol=1e-12, atol=1e-13)
 
 
 def test_inputs_are_left_alone():
@@ -220,13 +220,13 @@ compiled = pytest.mark.skipif(sddmm.library() is None, reason="no C compiler")
 def test_native_is_the_loop(sizes, dtype):
     case = drawn(*sizes, dtype)
     before = {name: tensor.clone() for name, tensor in case.items()}
-    found, wanted = native(case), naive(case)
-    assert found.dtype == torch.float32
+    actual, expected = native(case), naive(case)
+    assert actual.dtype == torch.float32
     # Products of bf16 numbers are exact in fp32, those of fp32 are rounded once; and sums of t of
     # them are.
     bound = naive(case | {"dy": case["dy"].abs(), "x": case["x"].abs()}) * (sizes[0] + 1) * 2**-24
-    assert ((found.double() - wanted).abs() <= bound).all()
-    assert torch.equal(found, native(case))
+    assert ((actual.double() - expected).abs() <= bound).all()
+    assert torch.equal(actual, native(case))
     assert all(torch.equal(tensor, before[name]) for name, tensor in case.items())
 
 
@@ -241,9 +241,9 @@ def test_native_takes_transposed_and_sliced_inputs_and_passes_on_what_is_not_fin
     assert torch.equal(native(apart), native(case))
     case["x"][3, 5] = float("nan")
     case["x"][4, 6] = float("inf")
-    wanted = sampled(case)
-    assert not torch.isfinite(wanted).all()
-    torch.testing.assert_close(native(case), wanted, rtol=1e-4, atol=1e-4, equal_nan=True)
+    expected = sampled(case)
+    assert not torch.isfinite(expected).all()
+    torch.testing.assert_close(native(case), expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @compiled
@@ -291,8 +291,8 @@ def test_it_is_compiled_once_for_a_machine(monkeypatch, tmp_path):
 
 def test_without_a_compiler_the_others_are_there(monkeypatch, tmp_path):
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
-    for given in (str(tmp_path / "none"), "false", "true"):  # true makes no library
-        monkeypatch.setenv("CC", given)
+    for compiler in (str(tmp_path / "none"), "false", "true"):  # true makes no library
+        monkeypatch.setenv("CC", compiler)
         sddmm.library.cache_clear()
         try:
             assert sddmm.library() is None

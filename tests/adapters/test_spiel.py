@@ -74,15 +74,15 @@ def attached(steps: int = 10, **changes: Any) -> tuple[SpIEL, Any, Any]:
 def rows(count: int, features: int = 6) -> list[tuple[Tensor, Tensor]]:
     """Micro-batches; inputs beyond the first `features` are 0."""
     draw = torch.Generator().manual_seed(3)
-    found = []
+    actual = []
     for _ in range(count):
         x, t = (
             torch.randn(4, 6, generator=draw, dtype=torch.float64),
             torch.randn(4, 5, generator=draw, dtype=torch.float64),
         )
         x[:, features:] = 0
-        found.append((x, t))
-    return found
+        actual.append((x, t))
+    return actual
 
 
 def half_loss(y: Tensor, t: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class Naive:
         """One step; `done` includes it."""
         seen = [self.gradients(x, t) for x, t in micro]
         totals = {
-            name: [sum(parts) for parts in zip(*(found[name] for found in seen), strict=True)]
+            name: [sum(parts) for parts in zip(*(actual[name] for actual in seen), strict=True)]
             for name in self.layers
         }
         squares = sum(totals[name][e] ** 2 for name in self.layers for e in self.entries[name])
@@ -275,19 +275,19 @@ def agree(adapter: SpIEL, model: Any, optimizer: Any, naive: Naive) -> None:
     plain = Net()
     for name, layer in sparse.layers(model):
         delta: Any = layer.delta
-        wanted = [naive.entries[name][e] for e in sorted(naive.entries[name])]
+        expected = [naive.entries[name][e] for e in sorted(naive.entries[name])]
         assert delta.indices.tolist() == sorted(naive.entries[name])
 
-        def same(found: Tensor, key: str, wanted: Any = wanted) -> None:
-            right = torch.tensor([entry[key] for entry in wanted])
-            torch.testing.assert_close(found.detach(), right, rtol=2e-4, atol=1e-6)
+        def same(actual: Tensor, key: str, expected: Any = expected) -> None:
+            right = torch.tensor([entry[key] for entry in expected])
+            torch.testing.assert_close(actual.detach(), right, rtol=2e-4, atol=1e-6)
 
         same(delta.values, "value")
         state = optimizer.state[delta.values]
         if adapter.variant == "AG":
             same(state["exp_avg"], "m")
             same(state["exp_avg_sq"], "v")
-            assert state["age"].tolist() == [entry["age"] for entry in wanted]
+            assert state["age"].tolist() == [entry["age"] for entry in expected]
         else:
             torch.testing.assert_close(
                 state["rows"], torch.tensor(naive.r[name]), rtol=2e-4, atol=1e-6
@@ -319,12 +319,12 @@ def follow(
     data, news = rows(2 * steps, features), []
     for done in range(1, steps + 1):
         micro = data[2 * done - 2 : 2 * done]
-        wanted = naive.step(done, micro)
-        found = one_step(adapter, model, optimizer, done, micro, limit=limit)
-        assert (found is None) == (wanted is None), done
-        if wanted is not None:
-            assert found == pytest.approx(wanted)
-            news.append(found)
+        expected = naive.step(done, micro)
+        actual = one_step(adapter, model, optimizer, done, micro, limit=limit)
+        assert (actual is None) == (expected is None), done
+        if expected is not None:
+            assert actual == pytest.approx(expected)
+            news.append(actual)
         agree(adapter, model, optimizer, naive)
     return naive, news
 
@@ -484,8 +484,8 @@ def test_a_grown_entrys_corrected_moments_are_its_means():
             setattr(plain, name, dense)
         for x, t in data[2 * done - 2 : 2 * done]:
             half_loss(plain(x), t).backward()
-        for name, found in seen.items():
-            found.append(plain.get_submodule(name).weight.grad.flatten())
+        for name, actual in seen.items():
+            actual.append(plain.get_submodule(name).weight.grad.flatten())
         one_step(adapter, model, optimizer, done, data[2 * done - 2 : 2 * done])
     for name, layer in sparse.layers(model):
         state = optimizer.state[layer.delta.values]
@@ -506,7 +506,10 @@ def test_a_loss_scale_is_taken_out():
         adapter, model, optimizer = attached()
         one_step(adapter, model, optimizer, 1, rows(2), scale)
         sums.append(
-            {name: (found.flat, found.g, found.g2) for name, found in adapter.candidates.items()}
+            {
+                name: (actual.flat, actual.g, actual.g2)
+                for name, actual in adapter.candidates.items()
+            }
         )
     for name, (flat, g, g2) in sums[0].items():
         assert torch.equal(sums[1][name][0], flat)
@@ -528,24 +531,24 @@ def test_a_micro_batch_that_is_not_finite_counts_for_nothing():
         # finite, and its product is not, as that of a loss scale which is too large
         yield dy * 1e30, x * 1e30
 
-    found = Candidates(4, "layer")
+    actual = Candidates(4, "layer")
     for broken in bad():
-        found(*broken)
-        assert found.flat is None
-        assert found.step_sum is None
-    found.end_step(1.0, dy.device)
-    assert found.steps == 0
-    found(dy, x)
+        actual(*broken)
+        assert actual.flat is None
+        assert actual.step_sum is None
+    actual.end_step(1.0, dy.device)
+    assert actual.steps == 0
+    actual(dy, x)
     for broken in bad():
-        found(*broken)
-    found(dy, x)
-    found.end_step(2.0, dy.device)
+        actual(*broken)
+    actual(dy, x)
+    actual.end_step(2.0, dy.device)
     dense = (dy.double().T @ x.double()).flatten()
-    assert found.flat is not None
-    assert found.flat.tolist() == sorted(dense.abs().topk(4).indices.tolist())
-    torch.testing.assert_close(found.g, dense[found.flat.long()].float())
-    torch.testing.assert_close(found.g2, dense[found.flat.long()].square().float())
-    assert found.steps == 1
+    assert actual.flat is not None
+    assert actual.flat.tolist() == sorted(dense.abs().topk(4).indices.tolist())
+    torch.testing.assert_close(actual.g, dense[actual.flat.long()].float())
+    torch.testing.assert_close(actual.g2, dense[actual.flat.long()].square().float())
+    assert actual.steps == 1
 
 
 def test_without_a_finite_gradient_nothing_moves():
@@ -576,9 +579,9 @@ def test_a_state_brings_its_planned_steps_along():
     longer, other, _ = attached(80, support_seed=1)
     longer.load_state(other, copy.deepcopy(adapter.state(model)))
     assert (longer.step, longer.rate(6)) == (5, adapter.rate(6))
-    for name, found in adapter.candidates.items():
-        assert torch.equal(longer.candidates[name].flat, found.flat)
-        assert torch.equal(longer.candidates[name].g, found.g)
+    for name, actual in adapter.candidates.items():
+        assert torch.equal(longer.candidates[name].flat, actual.flat)
+        assert torch.equal(longer.candidates[name].g, actual.g)
         assert torch.equal(longer.first[name], adapter.first[name])
 
 
@@ -613,8 +616,8 @@ def test_with_equal_ages_it_is_adamw():
             for number, (p, g) in enumerate(zip(params, gradients(shapes, 2 + step), strict=True)):
                 p.grad = None if (number, step % 5) == (2, 3) else g * 10.0 ** (number - 3)
             optimizer.step()
-        for p, wanted in zip(made[1][0], made[0][0], strict=True):
-            torch.testing.assert_close(p, wanted, rtol=1e-5, atol=1e-6)
+        for p, expected in zip(made[1][0], made[0][0], strict=True):
+            torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6)
     assert all(
         (p - start).abs().min() > 1e-3
         for p, start in zip(made[1][0], gradients(shapes), strict=True)
@@ -686,13 +689,13 @@ def test_weight_decay_pulls_to_the_base(which):
         optimizer.step()
         SparseAdapter.after_step(adapter, model, done)
         for name, layer in sparse.layers(model):
-            wanted = starts[name] * (1 - LR * 2.0) ** done
+            expected = starts[name] * (1 - LR * 2.0) ** done
             torch.testing.assert_close(
-                layer.delta.values.detach().double(), wanted, rtol=1e-4, atol=1e-9
+                layer.delta.values.detach().double(), expected, rtol=1e-4, atol=1e-9
             )
             w = plain.get_submodule(name).weight.detach().flatten()[layer.delta.indices.long()]
             held = layer.base.weight.detach().flatten()[layer.delta.indices.long()]
-            torch.testing.assert_close(held, w + wanted, rtol=0, atol=1e-3)
+            torch.testing.assert_close(held, w + expected, rtol=0, atol=1e-3)
     assert all((layer.delta.values.abs() < 1e-7).all() for _, layer in sparse.layers(model))
 
 

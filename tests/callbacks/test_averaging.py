@@ -95,16 +95,16 @@ def test_an_average_is_its_formula(kind, start, every, dtype):
         "drafter.weight",
         "drafter.bias",
     }
-    for name, found in state(averaging).items():
-        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for name, actual in state(averaging).items():
+        assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         for entry, values in enumerate(zip(*history[name], strict=True)):
             if kind == "swa":
-                wanted = sum(values) / len(values)
+                expected = sum(values) / len(values)
             else:
-                wanted = values[0]
+                expected = values[0]
                 for value in values[1:]:
-                    wanted = 0.9 * wanted + 0.1 * value
-            assert float(found.flatten()[entry]) == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+                    expected = 0.9 * expected + 0.1 * value
+            assert float(actual.flatten()[entry]) == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert averaging.count == len(history["model.1.bias"])
 
 
@@ -200,24 +200,26 @@ def test_a_run_evaluates_saves_and_exports_its_average(train, chats):
         "callbacks.checkpoints.every=1",
         "callbacks.checkpoints.keep=20",
     )
-    wanted: dict[str, torch.Tensor] = {}
+    expected: dict[str, torch.Tensor] = {}
     for step in (3, 5, 7):
         tensors = checkpoints.load(checkpoints.chosen(run / "checkpoints", str(step)))["adapter"][
             "tensors"
         ]
         for name, tensor in tensors.items():
-            wanted[name] = (
-                0.7 * wanted[name] + 0.3 * tensor.double() if name in wanted else tensor.double()
+            expected[name] = (
+                0.7 * expected[name] + 0.3 * tensor.double()
+                if name in expected
+                else tensor.double()
             )
     saved = saved_average(run)
     assert saved["count"] == 3
-    assert {name.removeprefix("model.") for name in saved["averages"]} == set(wanted)
+    assert {name.removeprefix("model.") for name in saved["averages"]} == set(expected)
     for name, tensor in saved["averages"].items():
         torch.testing.assert_close(
-            tensor.double(), wanted[name.removeprefix("model.")], rtol=1e-5, atol=1e-7
+            tensor.double(), expected[name.removeprefix("model.")], rtol=1e-5, atol=1e-7
         )
-    found = rows(run, "average")
-    assert [(row["step"], row["updates"]) for row in found] == [(4, 1), (8, 3)]
+    actual = rows(run, "average")
+    assert [(row["step"], row["updates"]) for row in actual] == [(4, 1), (8, 3)]
 
     trained = trained_module.load_trained(str(run), fp32=True)
     with torch.no_grad():
@@ -225,8 +227,8 @@ def test_a_run_evaluates_saves_and_exports_its_average(train, chats):
             trained.model.get_parameter(name.removeprefix("model.")).copy_(tensor)
     data = load_data(trained.config, trained.base, trained.task, train=False)
     again = losses(CausalLoss(trained.model, 64), data.held_out, 7, torch.device("cpu"))
-    assert found[-1]["loss"] == pytest.approx(again["loss"], rel=1e-5)
-    assert found[-1]["loss"] != pytest.approx(rows(run, "evaluation")[-1]["loss"], rel=1e-5)
+    assert actual[-1]["loss"] == pytest.approx(again["loss"], rel=1e-5)
+    assert actual[-1]["loss"] != pytest.approx(rows(run, "evaluation")[-1]["loss"], rel=1e-5)
     # stock PEFT, on a fresh base
     assert verify_adapter(trained, run / "adapter-averaged") < TOLERANCE
     names = [
@@ -253,11 +255,15 @@ def test_an_average_changes_nothing_and_has_the_same_bits_in_a_resumed_run(
             train(*settings, *averaging, "name=cut")
     cut = train(*settings, *averaging, "name=cut", "resume=auto")
     assert outcome(cut)[1] == outcome(alone)[1]  # logged rows, those of averages among them
-    wanted, found = saved_average(alone), saved_average(cut)
-    assert (found["count"], found["evaluated"]) == (wanted["count"], wanted["evaluated"]) == (7, 8)
+    expected, actual = saved_average(alone), saved_average(cut)
+    assert (
+        (actual["count"], actual["evaluated"])
+        == (expected["count"], expected["evaluated"])
+        == (7, 8)
+    )
     assert all(
-        torch.equal(found["averages"][name], wanted["averages"][name])
-        for name in wanted["averages"]
+        torch.equal(actual["averages"][name], expected["averages"][name])
+        for name in expected["averages"]
     )
     files = [
         (run / "adapter-averaged" / "adapter_model.safetensors").read_bytes()

@@ -31,7 +31,7 @@ def of(run, kind, name):
 
 
 @pytest.mark.parametrize(
-    ("every", "steps", "wanted"),
+    ("every", "steps", "expected"),
     [
         (None, 10, None),
         (0.2, 10, 2),
@@ -44,8 +44,8 @@ def of(run, kind, name):
         (0.5, 3, 2),
     ],
 )
-def test_below_one_a_distance_is_a_share_of_the_run(every, steps, wanted):
-    assert every_steps(every, steps) == wanted
+def test_below_one_a_distance_is_a_share_of_the_run(every, steps, expected):
+    assert every_steps(every, steps) == expected
 
 
 # metrics
@@ -64,10 +64,10 @@ def test_each_steps_numbers_are_those_of_its_rows(train, chats, tiny):
         "optimizer.lr=1e-3",
     )
     wall = time.monotonic() - started
-    found = rows(run, "step")
-    assert [row["step"] for row in found] == list(range(1, 8))
+    actual = rows(run, "step")
+    assert [row["step"] for row in actual] == list(range(1, 8))
     checked = json.loads((run / "preflight.json").read_text())["data"]["train"]
-    assert [row["lr"] for row in found] == pytest.approx(
+    assert [row["lr"] for row in actual] == pytest.approx(
         [0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3, 1e-3]
     )
     tokens = [0, *of(run, "step", "tokens")]
@@ -78,13 +78,13 @@ def test_each_steps_numbers_are_those_of_its_rows(train, chats, tiny):
     assert all(0 < a < b for a, b in itertools.pairwise(seconds))
     assert seconds[-1] < wall
     spent = [b - a for a, b in zip([0.0, *seconds[:-1]], seconds, strict=True)]
-    for row, new, took in zip(found, grown, spent, strict=True):
+    for row, new, took in zip(actual, grown, spent, strict=True):
         assert row["tokens_per_s"] == pytest.approx(new / took, rel=1e-6)
         assert 0 < row["trained_per_s"] < row["tokens_per_s"]
         assert row["grad_norm"] > 0
         assert 0 <= row["accuracy"] <= 1
         assert row["skipped"] == 0
-    assert found[0]["loss"] == pytest.approx(math.log(259), rel=0.1)  # nothing is known yet
+    assert actual[0]["loss"] == pytest.approx(math.log(259), rel=0.1)  # nothing is known yet
 
 
 def test_the_first_steps_loss_is_the_bases_on_its_rows(train, chats, tiny):
@@ -161,10 +161,10 @@ def test_a_step_that_is_passed_over_is_written_with_its_rows_as_json(
 
     for line in (run / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=strict)
-    found = rows(run, "skipped")
-    assert [row["step"] for row in found] == [1, 3]
-    assert all(not math.isfinite(float(row["loss"])) for row in found)
-    places = [place for row in found for place in row["rows"]]
+    actual = rows(run, "skipped")
+    assert [row["step"] for row in actual] == [1, 3]
+    assert all(not math.isfinite(float(row["loss"])) for row in actual)
+    places = [place for row in actual for place in row["rows"]]
     assert len(places) == 4
     assert all(re.fullmatch(r".*chats\.jsonl:\d+", place) for place in places), places
     assert of(run, "step", "skipped") == [1, 1, 2, 2]
@@ -173,11 +173,11 @@ def test_a_step_that_is_passed_over_is_written_with_its_rows_as_json(
 
 
 @pytest.mark.parametrize(
-    ("value", "wanted"),
+    ("value", "expected"),
     [(1.5, 1.5), (0.0, 0.0), (math.nan, None), (math.inf, None), (-math.inf, None)],
 )
-def test_json_has_no_word_for_what_is_not_finite(value, wanted):
-    assert finite(value) == wanted
+def test_json_has_no_word_for_what_is_not_finite(value, expected):
+    assert finite(value) == expected
 
 
 # evaluation
@@ -416,10 +416,10 @@ class Run:
     """A W&B run that records its calls."""
 
     def __init__(self, folder):
-        self.dir, self.id, self.told = str(folder / "wandb" / "run-1-abcd" / "files"), "abcd", []
+        self.dir, self.id, self.events = str(folder / "wandb" / "run-1-abcd" / "files"), "abcd", []
 
     def __getattr__(self, name):
-        return lambda *of, **named: self.told.append((name, *of, named))
+        return lambda *of, **named: self.events.append((name, *of, named))
 
 
 class Refusing:
@@ -577,9 +577,9 @@ def test_tensorboard_holds_the_journals_numbers(train, chats):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = train(f"task.path={chats}", "logger=tensorboard", "max_steps=3", *COMMON)
-    found = EventAccumulator(str(run / "tensorboard")).Reload()
+    actual = EventAccumulator(str(run / "tensorboard")).Reload()
     for kind, prefix in (("step", "train"), ("evaluation", "eval")):
-        events = found.Scalars(f"{prefix}/loss")
+        events = actual.Scalars(f"{prefix}/loss")
         assert [event.step for event in events] == of(run, kind, "step")
         assert [event.value for event in events] == pytest.approx(of(run, kind, "loss"), rel=1e-5)
 
@@ -633,7 +633,7 @@ def test_a_run_that_only_time_ends_is_told_without_a_number_of_steps(monkeypatch
     from trainer.callbacks.progress import ProgressBar
 
     row = {"loss": 1.5, "lr": 1e-3, "tokens_per_s": 100.0, "trained_per_s": 50.0}
-    for minutes, wanted in ((13, "left 10:30"), (None, "")):
+    for minutes, expected in ((13, "left 10:30"), (None, "")):
         context = SimpleNamespace(
             steps=1 << 61, max_minutes=minutes, minutes=2.5, journal=SimpleNamespace(last=row)
         )
@@ -657,13 +657,13 @@ def test_a_run_that_only_time_ends_is_told_without_a_number_of_steps(monkeypatch
             if terminal:
                 said = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", shown.getvalue())
                 assert re.search(r"step 297 .*loss 1\.5000", said)
-                assert ("left" in said) == bool(wanted)
-                assert wanted in said
+                assert ("left" in said) == bool(expected)
+                assert expected in said
             else:
                 line = caplog.records[-1].getMessage()
                 assert (
                     line == "step 297  loss 1.5000  lr 1.00e-03  100 tokens/s (50"
-                    f" trained){'  ' if wanted else ''}{wanted}"
+                    f" trained){'  ' if expected else ''}{expected}"
                 )
             assert str(1 << 61) not in shown.getvalue() + caplog.text
 

@@ -91,13 +91,13 @@ def poisoned(patch: Any, step: int, factor: float, count: int = 1) -> None:
     order = session._loader
     rows: list[list[int]] = []
 
-    def loader(recipe: Any, *given: Any) -> Any:
+    def loader(recipe: Any, *args: Any) -> Any:
         plain = [
             [sequence for sequence, _ in recipe.order.window(at)]
             for at in range(step, step + count)
         ]
         rows[:] = plain
-        return order(recipe, *given)
+        return order(recipe, *args)
 
     def loss_of(self: Any, batch: dict[str, Any], share: float = 1.0) -> Any:
         loss = whole(self, batch, share)
@@ -151,9 +151,9 @@ def test_a_run_that_explodes_goes_back_and_is_resumed_with_the_same_bits(
         cut_at(patch, 11)
         with pytest.raises(PowerCut):
             train(*words, "name=cut")
-    found = outcome(train(*words, "name=cut"))
-    assert all(torch.equal(weights[name], found[0][name]) for name in weights)
-    assert [r for r in found[1] if r["kind"] == "step"] == [r for r in rows if r["kind"] == "step"]
+    actual = outcome(train(*words, "name=cut"))
+    assert all(torch.equal(weights[name], actual[0][name]) for name in weights)
+    assert [r for r in actual[1] if r["kind"] == "step"] == [r for r in rows if r["kind"] == "step"]
 
 
 def test_nan_goes_back_too_and_not_more_often_than_allowed(train, chats, monkeypatch, tmp_path):

@@ -217,7 +217,7 @@ def test_a_run_of_an_older_version_finds_its_ends_again(ended, tmp_path, caplog,
     assert load_trained(str(old)).stops == STOPS
     assert exit_code(generate.main, [f"run={old}", "prompt=a", "max_new_tokens=30"]) == 0
     assert capsys.readouterr().out == "yes\n"
-    found = load_trained(str(old))
-    found.task.examples = lambda split: (_ for _ in ()).throw(OSError("the rows are gone"))
-    assert found.stops == STOPS
+    actual = load_trained(str(old))
+    actual.task.examples = lambda split: (_ for _ in ()).throw(OSError("the rows are gone"))
+    assert actual.stops == STOPS
     assert "the rows are gone" in caplog.text

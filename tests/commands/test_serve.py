@@ -63,9 +63,9 @@ def test_a_package_that_is_missing_is_reported_first(monkeypatch, capsys):
 
 def test_the_fix_installs_the_extra():
     extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = extra["optional-dependencies"]["serve"]
-    assert f"pip install {' '.join(repr(each) for each in wanted)}" == serve.INSTALL
-    assert {re.match(r"\w+", each)[0] for each in wanted} == {*serve.PACKAGES}
+    expected = extra["optional-dependencies"]["serve"]
+    assert f"pip install {' '.join(repr(each) for each in expected)}" == serve.INSTALL
+    assert {re.match(r"\w+", each)[0] for each in expected} == {*serve.PACKAGES}
 
 
 def test_a_port_in_use_is_reported_before_a_model_is_loaded(monkeypatch, capsys):

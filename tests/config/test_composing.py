@@ -38,10 +38,10 @@ def test_a_config_is_hydras(case):
     composed(*WORDS[case])
     quick = composed(*WORDS[case])  # from what the first has left
     with composing.as_hydra_does():
-        wanted = composed(*WORDS[case])
-    assert OmegaConf.to_yaml(quick) == OmegaConf.to_yaml(wanted)
+        expected = composed(*WORDS[case])
+    assert OmegaConf.to_yaml(quick) == OmegaConf.to_yaml(expected)
     for flag in ("struct", "readonly"):
-        assert OmegaConf.is_struct(quick) == OmegaConf.is_struct(wanted), flag
+        assert OmegaConf.is_struct(quick) == OmegaConf.is_struct(expected), flag
     assert not OmegaConf.is_readonly(quick.hydra)
 
 
@@ -50,9 +50,9 @@ def test_a_config_is_hydras(case):
 def test_an_error_is_hydras(case):
     with pytest.raises(Exception, match=r".+") as quick:
         composed(*FAULTS[case])
-    with composing.as_hydra_does(), pytest.raises(Exception, match=r".+") as wanted:
+    with composing.as_hydra_does(), pytest.raises(Exception, match=r".+") as expected:
         composed(*FAULTS[case])
-    assert (quick.type, str(quick.value)) == (wanted.type, str(wanted.value))
+    assert (quick.type, str(quick.value)) == (expected.type, str(expected.value))
 
 
 def test_what_a_test_changes_in_a_config_stays_there():
@@ -114,5 +114,5 @@ def test_a_file_of_ones_own_is_merged_as_hydra_does(tmp_path, content):
 
     first, again = outcome(), outcome()
     with composing.as_hydra_does():
-        wanted = outcome()
-    assert first == again == wanted
+        expected = outcome()
+    assert first == again == expected

@@ -15,10 +15,10 @@ def test_moved_classes_get_the_name_of_today_and_others_keep_theirs():
         "c": {"_target_": [old]},
         "d": None,
     }
-    wanted = copy.deepcopy(config)
-    wanted["a"]["_target_"] = wanted["b"][0]["c"]["_target_"] = new
+    expected = copy.deepcopy(config)
+    expected["a"]["_target_"] = expected["b"][0]["c"]["_target_"] = new
     history.rename(config)
-    assert config == wanted
+    assert config == expected
 
 
 def test_every_moved_name_is_one_of_conf_and_no_old_one_is():

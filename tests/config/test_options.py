@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 
+from trainer import study
 from trainer.config.options import option, parse, rest, values_of
 
 
@@ -87,6 +88,26 @@ def test_the_fault_is_last_after_one_line_of_advice(capsys, words, message):
     assert first == "graft do --help shows the options"
     assert len(others) == 1
     assert message in others[0]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("minuts=3", "minuts=3: there is no such option or setting. Did you mean minutes?"),
+        ("paralel=2", "paralel=2: there is no such option or setting. Did you mean parallel?"),
+    ],
+)
+def test_a_misspelt_option_is_no_setting(capsys, word, message):
+    argv = ["file=methods", word]
+    with pytest.raises(SystemExit):
+        parse(study.Options, argv, study.__doc__, "graft study")
+    assert message in capsys.readouterr().err
+
+
+def test_settings_are_no_misspelt_options():
+    words = ("max_steps=3", "runs=x", "adapter.rank=2", "seeds=1", "+tables=1")
+    options = parse(study.Options, ["file=methods", *words], "", "graft study")
+    assert options.overrides == words
 
 
 def test_all_faults_are_said_at_once(capsys):

@@ -197,9 +197,9 @@ def test_a_job_is_queued_with_a_warning(folder, monkeypatch, capsys):
     monkeypatch.setattr(batch_file, "submit", lambda *_: ("7", "script"))
     words = ["experiment=smoke", "task.path=nowhere.jsonl", "lightning=cpu"]
     assert submit.main(words) == 0
-    found = capsys.readouterr()
-    assert "warning: on this machine task.path='nowhere.jsonl': there is no such file" in found.err
-    assert found.out.startswith("job 7")
+    actual = capsys.readouterr()
+    assert "warning: on this machine task.path='nowhere.jsonl': there is no such file" in actual.err
+    assert actual.out.startswith("job 7")
 
 
 def test_a_misspelt_run_is_suggested(folder):
@@ -216,9 +216,9 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     assert files.output_fault(tmp_path / "a") is None
     assert files.output_fault(Path("/dev/null")) is None
     monkeypatch.setattr(files.os, "access", lambda place, mode: False)
-    wanted = f"the folder {tmp_path} cannot be written"
-    assert files.place_fault(tmp_path / "a" / "b") == wanted
-    assert files.output_fault(tmp_path / "a") == wanted
+    expected = f"the folder {tmp_path} cannot be written"
+    assert files.place_fault(tmp_path / "a" / "b") == expected
+    assert files.output_fault(tmp_path / "a") == expected
     assert files.output_fault(Path("/dev/null")) == "it cannot be written"
     with pytest.raises(run_folder.FolderError, match=r"cannot be written\. Choose another place"):
         door.refuse_existing(tmp_path / "a", "out=FOLDER")

@@ -29,10 +29,10 @@ from trainer.config import compose, rates
 )
 def test_each_method_has_the_rate_of_its_own_rows(words, rate):
     config = OmegaConf.to_container(compose.compose([*words, "task.path=x"]), resolve=True)
-    found = rates.recommended(config)
-    assert (found and found[0]) == rate
-    if found:
-        assert found[1]
+    actual = rates.recommended(config)
+    assert (actual and actual[0]) == rate
+    if actual:
+        assert actual[1]
 
 
 def test_a_row_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):

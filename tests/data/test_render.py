@@ -64,22 +64,22 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {}}}
 
 
 def chatml(messages: list[Message]) -> Pieces:
-    found: Pieces = []
+    actual: Pieces = []
     for m in messages:
-        found += [
+        actual += [
             (f"<|im_start|>{m['role']}\n", False),
             (f"{m['content']}<|im_end|>", m["role"] == "assistant"),
             ("\n", False),
         ]
-    return found
+    return actual
 
 
 def brackets(messages: list[Message]) -> Pieces:
-    found: Pieces = [("<|im_start|>", False)]
+    actual: Pieces = [("<|im_start|>", False)]
     for m in messages:
         shape = {"assistant": " {}<|im_end|>", "system": "<<{}>>", "user": "[I]{}[/I]"}[m["role"]]
-        found.append((shape.format(m["content"]), m["role"] == "assistant"))
-    return found
+        actual.append((shape.format(m["content"]), m["role"] == "assistant"))
+    return actual
 
 
 def no_end(messages: list[Message]) -> Pieces:
@@ -91,11 +91,11 @@ def no_end(messages: list[Message]) -> Pieces:
 
 
 def marked_content(messages: list[Message]) -> Pieces:
-    found: Pieces = []
+    actual: Pieces = []
     for m in messages:
         answer = m["role"] == "assistant"
-        found += [("A:" if answer else "U:", False), (m["content"], answer), (";", False)]
-    return found
+        actual += [("A:" if answer else "U:", False), (m["content"], answer), (";", False)]
+    return actual
 
 
 SHAPES: dict[str, tuple[str, Callable[[list[Message]], Pieces]]] = {
@@ -224,8 +224,8 @@ def test_a_template_that_rewrites_earlier_turns_trains_each_after_its_own_prompt
     ]
     # Without thoughts, or with one answer, nothing is rewritten.
     for example in (chat("1", "2", "3", "4"), chat("1", "<think>one</think>2")):
-        wanted = naive(tiny.tokenizer, chatml(example.messages), "all")
-        assert renderer.render(example).sequences == [Tokens(*wanted)]
+        expected = naive(tiny.tokenizer, chatml(example.messages), "all")
+        assert renderer.render(example).sequences == [Tokens(*expected)]
 
 
 def test_training_the_last_answer_suits_a_template_that_rewrites_earlier_turns(tiny):
@@ -359,8 +359,8 @@ def test_without_a_template_a_row_is_its_prompt_its_answer_and_the_end(tiny, tra
         "here",
     )
     prompt_trained = train_on == "everything"
-    wanted = naive(tiny.tokenizer, [("Add. 2+3=", prompt_trained), ("5é<|im_end|>", True)], "all")
-    assert renderer(example) == Tokens(*wanted)
+    expected = naive(tiny.tokenizer, [("Add. 2+3=", prompt_trained), ("5é<|im_end|>", True)], "all")
+    assert renderer(example) == Tokens(*expected)
     assert renderer.prompt(example) == tiny.tokenizer("Add. 2+3=")["input_ids"]
     with pytest.raises(Refused, match="several answers"):
         renderer(chat("1", "2", "3", "4"))
@@ -485,11 +485,11 @@ def test_prompts_that_are_not_tokenised_again_give_what_those_that_are_give(
         chat(*("".join(draw.choices(letters, k=1 + draw.randrange(5))) for _ in range(4)))
         for _ in range(40)
     ]
-    found = [outcome(quick, example) for example in examples]
-    assert found == [outcome(whole, example) for example in examples]
-    assert sum(isinstance(one, Tokens) for one in found) > 10
+    actual = [outcome(quick, example) for example in examples]
+    assert actual == [outcome(whole, example) for example in examples]
+    assert sum(isinstance(one, Tokens) for one in actual) > 10
     if shape == "merging":
-        assert any(isinstance(one, str) for one in found)
+        assert any(isinstance(one, str) for one in actual)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -526,7 +526,7 @@ def test_a_prompt_is_tokenised_from_its_last_special_token_on_and_once(tiny, mon
 
 
 def test_a_tail_that_begins_otherwise_on_its_own_is_not_taken(tiny):
-    wanted, renderer = (
+    expected, renderer = (
         made(tiny.tokenizer, UNMARKED)(chat("1", "2")),
         made(tiny.tokenizer, UNMARKED),
     )
@@ -534,7 +534,7 @@ def test_a_tail_that_begins_otherwise_on_its_own_is_not_taken(tiny):
         5,
         *renderer._encode("<|im_start|>assistant\n")[0],
     ]
-    assert renderer(chat("1", "2")) == wanted
+    assert renderer(chat("1", "2")) == expected
 
 
 def test_a_set_of_named_templates_is_written_and_read_whole(tmp_path, tiny):

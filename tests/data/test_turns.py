@@ -50,15 +50,15 @@ THOUGHTS = [
 
 
 def texts(name: str, row: dict[str, Any], **options: Any) -> list[str]:
-    found = rendered(name, row, **options)
-    assert not isinstance(found, str), found
-    return [trained(name, sequence) for sequence in found]
+    actual = rendered(name, row, **options)
+    assert not isinstance(actual, str), actual
+    return [trained(name, sequence) for sequence in actual]
 
 
 def whole(name: str, row: dict[str, Any]) -> str:
-    found = rendered(name, row)
-    assert not isinstance(found, str), found
-    return tokenizer(name).decode(found[-1].ids)
+    actual = rendered(name, row)
+    assert not isinstance(actual, str), actual
+    return tokenizer(name).decode(actual[-1].ids)
 
 
 def template(text: str, **special: str) -> ChatTemplate:
@@ -157,9 +157,9 @@ def test_text_alone_has_its_first_token_once(tiny):
 
 
 def test_each_answer_of_a_template_that_cuts_thoughts_follows_its_own_prompt():
-    found = rendered("qwen-3", {"messages": THOUGHTS})
-    assert not isinstance(found, str)
-    for sequence, end in zip(found, (2, 4), strict=True):
+    actual = rendered("qwen-3", {"messages": THOUGHTS})
+    assert not isinstance(actual, str)
+    for sequence, end in zip(actual, (2, 4), strict=True):
         prompt = renderer("qwen-3").chat(THOUGHTS[: end - 1])
         assert sequence.ids[: len(prompt)] == prompt
         assert not any(sequence.trained[: len(prompt)])
@@ -191,10 +191,10 @@ def test_answers_within_one_turn_share_a_text():
         said("tool", "noon", tool_call_id="abcdefgh1"),
         said("assistant", "2", reasoning_content="two"),
     ]
-    found = texts("qwen-3", {"messages": messages})
-    assert len(found) == 2
-    assert "look" in found[1]
-    assert found[1].count("<|im_end|>") == 2
+    actual = texts("qwen-3", {"messages": messages})
+    assert len(actual) == 2
+    assert "look" in actual[1]
+    assert actual[1].count("<|im_end|>") == 2
 
 
 def test_variables_of_the_template_reach_it_in_training_and_at_inference():
@@ -336,9 +336,9 @@ def test_a_row_of_two_turns_is_two_sequences_with_one_place(tmp_path):
 
 
 def test_a_stream_gives_the_sequences_of_the_table(tmp_path):
-    given = [{"messages": THOUGHTS}, {"messages": TWO[:2]}, {"messages": TWO}]
-    rows = made(task(tmp_path, given))
-    one = task(tmp_path, given, streaming=True)
+    rows_in = [{"messages": THOUGHTS}, {"messages": TWO[:2]}, {"messages": TWO}]
+    rows = made(task(tmp_path, rows_in))
+    one = task(tmp_path, rows_in, streaming=True)
     config = {
         "max_length": 512,
         "overlong": "raise",
@@ -357,17 +357,17 @@ def test_a_stream_gives_the_sequences_of_the_table(tmp_path):
 
 
 def test_weights_of_rows_travel_with_them_and_0_leaves_a_row_out(tmp_path):
-    given = [{"messages": TWO[:2], "w": weight} for weight in (0.5, 0, 2)]
-    weighted = made(task(tmp_path, given, weight_column="w"))
+    rows_in = [{"messages": TWO[:2], "w": weight} for weight in (0.5, 0, 2)]
+    weighted = made(task(tmp_path, rows_in, weight_column="w"))
     assert weighted.weights is not None
     assert weighted.weights.tolist() == [0.5, 2.0]
     assert (weighted.report.weightless, weighted[0].weight) == (1, 0.5)
     assert "1 of weight 0, left out" in weighted.report.summary()
-    plain = made(task(tmp_path, [given[0], given[2]]))
+    plain = made(task(tmp_path, [rows_in[0], rows_in[2]]))
     assert plain.weights is None
     assert plain.report.unread == {"column 'w'": 2}
     assert plain.digest != weighted.digest
-    ones = [{"messages": row["messages"], "w": 1} for row in (given[0], given[2])]
+    ones = [{"messages": row["messages"], "w": 1} for row in (rows_in[0], rows_in[2])]
     assert made(task(tmp_path, ones, weight_column="w")).digest == plain.digest
 
 

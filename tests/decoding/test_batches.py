@@ -103,17 +103,17 @@ def test_a_batch_drafts_what_each_sequence_drafts_alone(name, kind):
 def test_places_of_a_pass_over_texts_and_what_follows_them():
     """Sequences of 3 and 1 tokens read 1 and 3 more, and two chains of two positions."""
     ahead, chains = torch.tensor([1, 1, 2, 2]), torch.eye(2).repeat(2, 2).tril().bool()
-    found = layout([3, 1], [1, 3], ahead, chains)
+    actual = layout([3, 1], [1, 3], ahead, chains)
     #                            text, padding, the chains behind it
-    assert found.at.tolist() == [[3, 8, 9, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7]]
-    assert found.positions.tolist() == [[3, 3, 3, 4, 4, 5, 5], [1, 2, 3, 4, 4, 5, 5]]
-    assert found.keys.tolist() == [[0, 1, 2, 3, 4, 4, 5, 5, 8, 9]] * 2
+    assert actual.at.tolist() == [[3, 8, 9, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7]]
+    assert actual.positions.tolist() == [[3, 3, 3, 4, 4, 5, 5], [1, 2, 3, 4, 4, 5, 5]]
+    assert actual.keys.tolist() == [[0, 1, 2, 3, 4, 4, 5, 5, 8, 9]] * 2
     text = [1, 1, 1, 1]
     ends = [[1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1]]
-    wanted = [[*text, *end, 0, 0] for end in ends]
-    assert found.sees[0].int().tolist() == [[*text, 0, 0, 0, 0, 0, 0]] * 3 + wanted
+    expected = [[*text, *end, 0, 0] for end in ends]
+    assert actual.sees[0].int().tolist() == [[*text, 0, 0, 0, 0, 0, 0]] * 3 + expected
     first = [[1] * (2 + row) + [0] * (8 - row) for row in range(3)]
-    assert found.sees[1].int().tolist() == first + wanted
+    assert actual.sees[1].int().tolist() == first + expected
 
 
 @pytest.mark.parametrize("name", ["eagle3", "mtp_sequential", "dspark", "hydra_plus", *OWN])

@@ -43,7 +43,7 @@ class Partly(Drafter):
 
     def __init__(self, whole, seed=0):
         super().__init__()
-        self.whole, self.draw, self.told = whole, torch.Generator().manual_seed(seed), {}
+        self.whole, self.draw, self.updates = whole, torch.Generator().manual_seed(seed), {}
 
     def start(self, target):
         return []
@@ -51,9 +51,9 @@ class Partly(Drafter):
     def grow(self, memory, target, update):
         if update.first is not None:
             memory += [int(update.first)]
-            self.told[len(self.told)] = (memory, [])
+            self.updates[len(self.updates)] = (memory, [])
         memory += update.ids.tolist()
-        next(news_of for of, news_of in self.told.values() if of is memory).append(update)
+        next(news_of for of, news_of in self.updates.values() if of is memory).append(update)
         text = next(text for text in self.whole if text[: len(memory)] == memory)
         return Liked(self, text[len(memory) :])
 
@@ -135,7 +135,7 @@ def test_a_drafter_is_told_the_states_and_features_of_what_was_accepted(kind):
     drafter = Partly(whole)
     drafter.layers = (0, 1, 2)
     generate_batch(target, drafter, prompts, LENGTH, [], strategy=Strategy(Levels(EAGLE1)))
-    for (memory, update), text in zip(drafter.told.values(), whole, strict=True):
+    for (memory, update), text in zip(drafter.updates.values(), whole, strict=True):
         assert memory == text[: len(memory)]
         ids = torch.tensor(memory[:-1])
         with (

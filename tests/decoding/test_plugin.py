@@ -52,7 +52,7 @@ def passes(model):
     return seen
 
 
-class Told(Untrained):
+class Scripted(Untrained):
     """Proposes a fixed text, wrong at some places, and records its updates."""
 
     layers = (0, 2)
@@ -66,7 +66,7 @@ class Told(Untrained):
 
     def propose(self, memory, target, update, build):
         self.updates.append(update)
-        at = sum(len(told.ids) for told in self.updates) + 1
+        at = sum(len(one.ids) for one in self.updates) + 1
         tokens = [(t + self.wrong(i)) % 64 for i, t in enumerate(self.whole[at : at + 4], at)]
         if self.tree:  # a sibling before each node but the first child, which is the right one
             tokens = [token for right in tokens for token in (right, (right + 1) % 64)]
@@ -81,13 +81,13 @@ class Told(Untrained):
 def test_it_is_told_each_accepted_state_once_and_the_text_stays(model, tree):
     plain = text(model)
     whole = PROMPT[0].tolist() + plain
-    told = Told(whole, lambda place: place % 5 == 3, tree)
+    draft_source = Scripted(whole, lambda place: place % 5 == 3, tree)
     seen = passes(model)
-    with assist(model, told):
+    with assist(model, draft_source):
         assert text(model) == plain
     assert len(seen) < 20
     assert "generate" not in vars(model)
-    update = told.updates
+    update = draft_source.updates
     ids = torch.cat([update[0].first.view(1), *(one.ids for one in update)])
     assert ids.tolist() == whole[: len(ids)]
     assert len(ids) > 25
@@ -160,29 +160,29 @@ def test_stops_and_processors_are_generates_own(model):
     penalised = text(model, repetition_penalty=1.3)
     assert penalised != plain
     whole = PROMPT[0].tolist() + plain
-    with assist(model, Told(whole)):
+    with assist(model, Scripted(whole)):
         assert text(model, eos_token_id=stop) == expected
-    with assist(model, Told(PROMPT[0].tolist() + penalised)):
+    with assist(model, Scripted(PROMPT[0].tolist() + penalised)):
         assert text(model, repetition_penalty=1.3) == penalised
     for limit in (1, 2, 5, 6):
-        with assist(model, Told(whole)):
+        with assist(model, Scripted(whole)):
             assert text(model, limit) == plain[:limit]
 
 
 def test_what_is_accepted_streams(model):
     class Streamer(transformers.generation.streamers.BaseStreamer):
-        told = []
+        tokens = []
 
         def put(self, value):
-            self.told += value.flatten().tolist()
+            self.tokens += value.flatten().tolist()
 
         def end(self):
-            self.told.append("end")
+            self.tokens.append("end")
 
     plain, streamer = text(model), Streamer()
-    with assist(model, Told(PROMPT[0].tolist() + plain)):
+    with assist(model, Scripted(PROMPT[0].tolist() + plain)):
         text(model, streamer=streamer)
-    assert streamer.told == [*PROMPT[0].tolist(), *plain, "end"]
+    assert streamer.tokens == [*PROMPT[0].tolist(), *plain, "end"]
 
 
 @pytest.mark.long
@@ -206,7 +206,7 @@ def test_a_sampled_token_is_the_targets_whatever_is_drafted():
         )
     expected = first @ after
     often = int(expected.argmax())
-    drafter = Told([often] * 9)
+    drafter = Scripted([often] * 9)
     actual = torch.zeros(7, dtype=torch.float64)
     torch.manual_seed(4)
     seen = passes(model)
@@ -278,22 +278,22 @@ def test_every_criterion_is_asked_after_each_accepted_token(model, tiny):
             pass
 
     for calls in (1, 2, 5, 6, 9):
-        streamer, told, alone = Streamer(), Until(calls), Until(calls)
+        streamer, drafted, alone = Streamer(), Until(calls), Until(calls)
         assert text(model, stopping_criteria=[alone]) == plain[:calls]
-        with assist(model, Told(whole)):
+        with assist(model, Scripted(whole)):
             out = model.generate(
                 PROMPT,
                 attention_mask=torch.ones_like(PROMPT),
                 do_sample=False,
                 max_new_tokens=30,
-                stopping_criteria=[told],
+                stopping_criteria=[drafted],
                 output_scores=True,
                 return_dict_in_generate=True,
                 streamer=streamer,
             )
         assert out.sequences[0].tolist() == whole[: 7 + calls]
         assert streamer.tokens == whole[: 7 + calls]
-        assert told.lengths == alone.lengths
+        assert drafted.lengths == alone.lengths
         assert len(out.scores) == calls
         assert out.past_key_values.get_seq_length() == 7 + calls - 1
 
@@ -305,7 +305,7 @@ def test_stop_strings_end_the_text_where_they_do_without_a_drafter(model, tiny):
     settings = {"stop_strings": [string], "tokenizer": words}
     expected = text(model, **settings)
     assert len(expected) < len(plain)
-    with assist(model, Told(PROMPT[0].tolist() + plain)):
+    with assist(model, Scripted(PROMPT[0].tolist() + plain)):
         assert text(model, **settings) == expected
         config = transformers.GenerationConfig(stop_strings=[string], pad_token_id=0)
         assert text(model, generation_config=config, tokenizer=words) == expected
@@ -395,8 +395,8 @@ def test_llama4_whose_decoder_is_the_model_itself(model):
     )
     llama4 = transformers.Llama4ForCausalLM(config).eval()
     plain = text(llama4)
-    told = Told(PROMPT[0].tolist() + plain, lambda place: place % 5 == 3)
-    told.layers = ()
-    for drafter in (told, PromptLookup()):
+    draft_source = Scripted(PROMPT[0].tolist() + plain, lambda place: place % 5 == 3)
+    draft_source.layers = ()
+    for drafter in (draft_source, PromptLookup()):
         with assist(llama4, drafter):
             assert text(llama4) == plain

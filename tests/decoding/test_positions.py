@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from tests.decoding.test_plugin import Told
+from tests.decoding.test_plugin import Scripted
 from tests.toys.speculative import PROMPT, SIZES, alone, made
 from trainer.decoding import positions
 from trainer.decoding.plugin import assist
@@ -78,8 +78,8 @@ def test_plain_and_drafted_texts_are_transformers_own(kind):
     target = Target(model)
     assert generate(target, None, PROMPT, COUNT, []).tokens == expected
     drafters = {
-        "right": Told(whole),
-        "wrong": Told(whole, lambda place: place % 3 == 1),
+        "right": Scripted(whole),
+        "wrong": Scripted(whole, lambda place: place % 3 == 1),
         "lookup": PromptLookup(),
         "head": made("mtp_medusa", model),
         "layer": made("mtp_shared", model),
@@ -106,8 +106,8 @@ def test_so_are_those_of_the_plugin(kind):
         expected = fresh(kind, prompt)
         whole = prompt.tolist() + expected
         for drafter in (
-            Told(whole),
-            Told(whole, lambda place: place % 3 == 1),
+            Scripted(whole),
+            Scripted(whole, lambda place: place % 3 == 1),
             made("mtp_shared", model),
         ):
             with assist(model, drafter):

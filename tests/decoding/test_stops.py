@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 
-from tests.decoding.test_plugin import Told
+from tests.decoding.test_plugin import Scripted
 from tests.toys.speculative import PROMPT, alone, tiny
 from trainer.decoding.plugin import assist
 from trainer.decoding.speculative import generate
@@ -33,15 +33,15 @@ PROCESSORS = [
 
 def drafters(whole):
     return {
-        "right": lambda: Told(whole),
-        "wrong": lambda: Told(whole, lambda place: place % 3 == 1),
+        "right": lambda: Scripted(whole),
+        "wrong": lambda: Scripted(whole, lambda place: place % 3 == 1),
         "copied": PromptLookup,
     }
 
 
 @pytest.fixture(autouse=True)
 def no_layers(monkeypatch):
-    monkeypatch.setattr(Told, "layers", ())
+    monkeypatch.setattr(Scripted, "layers", ())
 
 
 @pytest.mark.parametrize("kind", KINDS)

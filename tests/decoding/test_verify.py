@@ -39,11 +39,11 @@ def outcome(steps, p, q, tokens):
     """(what is written after a place with these children: which child, or -1 and a distribution) as
     chances."""
     chances, left = steps(p[None], q[None], torch.tensor([tokens]), [len(tokens)])
-    reached, found = 1.0, []
+    reached, actual = 1.0, []
     for chance in chances[0].tolist():
-        found.append(reached * chance)
+        actual.append(reached * chance)
         reached *= 1 - chance
-    return found, reached * left[0]
+    return actual, reached * left[0]
 
 
 def outcomes(steps, p, q, tokens):
@@ -88,11 +88,11 @@ def test_a_token_is_distributed_as_the_targets(rule, zeros):
 def test_the_first_child_is_taken_as_often_as_p_and_q_share():
     p, q = rows(2, 5, 3)
     for steps, replacement in STEPS.values():
-        found = sum(
+        actual = sum(
             chance * outcome(steps, p, q, tokens)[0][0]
             for tokens, chance in draws(q, 1, replacement)
         )
-        assert abs(found - float(torch.minimum(p, q).sum())) < 1e-12
+        assert abs(actual - float(torch.minimum(p, q).sum())) < 1e-12
 
 
 def test_more_children_are_taken_more_often_and_without_replacement_most():
@@ -186,7 +186,7 @@ def test_a_tree_of_two_levels_writes_pairs_as_the_target_does(kind, monkeypatch)
     p, q = rows(size + 1, size, 4), rows(size + 1, size, 5)
     above = [-1, 0] if kind == "chain" else ABOVE
     replacement = kind in ("with replacement", "spectr")
-    found = torch.zeros(size, size, dtype=torch.float64)
+    actual = torch.zeros(size, size, dtype=torch.float64)
     for first, chance in draws(q[0], 1 if kind == "chain" else 2, replacement):
         for second, more in draws(q[1 + first[0]], 1, True):
             tokens = (*first, *second)
@@ -204,18 +204,18 @@ def test_a_tree_of_two_levels_writes_pairs_as_the_target_does(kind, monkeypatch)
             ):
                 weight = chance * more * way
                 if not path:  # the second token is the next step's
-                    found += weight * left.unsqueeze(1) * p[1:]
+                    actual += weight * left.unsqueeze(1) * p[1:]
                 elif len(path) == 1:
-                    found[tokens[path[0]]] += weight * left
+                    actual[tokens[path[0]]] += weight * left
                 else:
-                    found[tokens[path[0]], tokens[path[1]]] += weight
-    assert float((found - p[0].unsqueeze(1) * p[1:]).abs().max()) < 1e-12
+                    actual[tokens[path[0]], tokens[path[1]]] += weight
+    assert float((actual - p[0].unsqueeze(1) * p[1:]).abs().max()) < 1e-12
 
 
 def test_children_that_are_chosen_without_chance_write_as_the_target_does(monkeypatch):
     p = rows(4, 3, 4)
     draft = Draft(torch.tensor([2, 0, 1]), torch.tensor(ABOVE))
-    places, found = p[[0, 3, 1, 2]], torch.zeros(3, 3, dtype=torch.float64)
+    places, actual = p[[0, 3, 1, 2]], torch.zeros(3, 3, dtype=torch.float64)
     for own in itertools.product(range(3), repeat=4):
         monkeypatch.setattr(
             torch, "multinomial", lambda *_, own=own, **__: torch.tensor(own).unsqueeze(1)
@@ -224,10 +224,10 @@ def test_children_that_are_chosen_without_chance_write_as_the_target_does(monkey
         text = [*draft.tokens[path].tolist(), own[path[-1] + 1 if path else 0]]
         chance = float(places[range(4), list(own)].prod())
         if len(text) == 1:
-            found[text[0]] += chance * p[1 + text[0]]
+            actual[text[0]] += chance * p[1 + text[0]]
         else:
-            found[text[0], text[1]] += chance
-    assert float((found - p[0].unsqueeze(1) * p[1:]).abs().max()) < 1e-12
+            actual[text[0], text[1]] += chance
+    assert float((actual - p[0].unsqueeze(1) * p[1:]).abs().max()) < 1e-12
 
 
 def test_typical_acceptance_is_not_the_targets():

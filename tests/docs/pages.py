@@ -32,8 +32,8 @@ def blocks(page: str, language: str) -> list[str]:
 
 def links(page: str) -> list[str]:
     """The targets of a page's links and pictures, without those on other servers."""
-    found = [one or other for one, other in LINK.findall(prose(page))]
-    return [link for link in found if not re.match(r"[a-z]+:", link)]
+    actual = [one or other for one, other in LINK.findall(prose(page))]
+    return [link for link in actual if not re.match(r"[a-z]+:", link)]
 
 
 def anchors(page: str) -> set[str]:

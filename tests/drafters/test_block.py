@@ -77,7 +77,7 @@ def corrections(w, kind, u, tokens):
     """What the Markov head adds to the logits of slots k = 0, 1 .. with the states u, whose tokens
     before are `tokens`."""
     y = w["markov.w1.weight"][torch.tensor(tokens)]
-    rank, found, s = y.shape[1], [], torch.zeros(y.shape[1], dtype=torch.float64)
+    rank, actual, s = y.shape[1], [], torch.zeros(y.shape[1], dtype=torch.float64)
     for k in range(len(tokens)):
         read = y[k]
         if kind == "gated":
@@ -88,8 +88,8 @@ def corrections(w, kind, u, tokens):
             keep = 1 / (1 + torch.exp(-out[:rank]))
             read = torch.tanh(out[2 * rank :])
             s = keep * s + (1 - keep) * torch.tanh(out[rank : 2 * rank])
-        found.append(w["markov.w2.weight"] @ read)
-    return found
+        actual.append(w["markov.w2.weight"] @ read)
+    return actual
 
 
 def naive(drafter, model, states):

@@ -28,13 +28,13 @@ def block(model, **changes):
 def qkv(layer, states):
     """A layer's own queries, keys and values (T, heads, c) of states, before they are turned."""
     attention, x = layer.self_attn, layer.input_layernorm(states)
-    found = [
+    actual = [
         getattr(attention, f"{name}_proj")(x).unflatten(-1, (-1, attention.head_dim))
         for name in "qkv"
     ]
     if hasattr(attention, "q_norm"):
-        found[:2] = attention.q_norm(found[0]), attention.k_norm(found[1])
-    return found
+        actual[:2] = attention.q_norm(actual[0]), attention.k_norm(actual[1])
+    return actual
 
 
 @torch.no_grad()
@@ -56,8 +56,8 @@ def test_one_layer_is_the_targets_last_over_the_last_state_and_the_block():
         position_embeddings=model.model.rotary_emb(rows, at),
         attention_mask=torch.zeros(9, 9).masked_fill(sees == 0, -1e9)[None, None],
     )
-    wanted = model.model.norm(out if isinstance(out, torch.Tensor) else out[0])[0, 6:]
-    torch.testing.assert_close(growth.u, wanted, rtol=1e-4, atol=1e-5)
+    expected = model.model.norm(out if isinstance(out, torch.Tensor) else out[0])[0, 6:]
+    torch.testing.assert_close(growth.u, expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -74,10 +74,10 @@ def test_layers_have_the_keys_and_values_of_the_targets_last_ones(kind):
         x = ours.input_layernorm(STATES[:, SIZE:])
         queries = ours.self_attn.q_proj(x).unflatten(-1, (-1, 8))
         pairs = ((ours.self_attn.q_norm(queries), q), (keys[0].transpose(0, 1), k))
-        for (found, own), name in zip(pairs, "qk", strict=True):
+        for (actual, own), name in zip(pairs, "qk", strict=True):
             if kind is llama:  # of one length here, and of the right one on average
                 torch.testing.assert_close(
-                    torch.nn.functional.normalize(found, dim=-1),
+                    torch.nn.functional.normalize(actual, dim=-1),
                     torch.nn.functional.normalize(own, dim=-1),
                     rtol=1e-3,
                     atol=1e-4,
@@ -86,7 +86,7 @@ def test_layers_have_the_keys_and_values_of_the_targets_last_ones(kind):
                 scale = getattr(ours.self_attn, f"{name}_norm").weight
                 torch.testing.assert_close(scale, length.expand(8), rtol=0.25, atol=0)
             else:
-                torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(actual, own, rtol=1e-4, atol=1e-5)
         for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
             assert torch.equal(ours.get_submodule(name).weight, theirs.get_submodule(name).weight)
         after = ours.post_attention_layernorm.weight
@@ -118,10 +118,10 @@ def test_what_is_no_such_layer_is_refused_with_the_way_out():
 
 def test_peagles_layers_are_the_targets_last_ones():
     model = llama()
-    wanted = Eagle3(model, **knobs("eagle3", init="last_layer", draft_vocab_size=None)).state()
+    expected = Eagle3(model, **knobs("eagle3", init="last_layer", draft_vocab_size=None)).state()
     changes = {"init": "last_layer", "draft_vocab_size": None}
     one = PEagle(model, **knobs("peagle", draft_layers=1, **changes))
-    for name, tensor in wanted.items():
+    for name, tensor in expected.items():
         assert torch.equal(one.state()[name], tensor), name
     model = llama(num_hidden_layers=3)
     three = PEagle(model, **knobs("peagle", draft_layers=3, **changes))

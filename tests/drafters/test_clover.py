@@ -117,8 +117,8 @@ def test_decoding_predicts_what_training_did():
             # with a sibling before it, which must not matter
             both = growth.extend(torch.tensor([1, token]), torch.tensor([2 * depth - 1] * 2))
             got.append(both[1])
-        wanted = target.head(expected)
-        torch.testing.assert_close(torch.stack(got), wanted, rtol=1e-4, atol=1e-4)
+        reference = target.head(expected)
+        torch.testing.assert_close(torch.stack(got), reference, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral, a window of 6"])

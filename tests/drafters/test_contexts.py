@@ -42,9 +42,9 @@ def test_the_best_chunks_are_read_in_their_order(seed):
     chunks = [before[start : start + 4] for start in range(0, len(before), 4)]  # 32 / 8 tokens
     scores = naive_bm25(chunks, question)
     best = sorted(sorted(range(len(chunks)), key=lambda i: (-scores[i], -i))[:8])
-    wanted = [token for place in best for token in chunks[place]] + question
-    assert Context(f"bm25:{size}").of(torch.tensor(text)).tolist() == wanted
-    assert len(wanted) <= size
+    expected = [token for place in best for token in chunks[place]] + question
+    assert Context(f"bm25:{size}").of(torch.tensor(text)).tolist() == expected
+    assert len(expected) <= size
     short = torch.tensor(text[:size])
     assert Context(f"bm25:{size}").of(short) is short
 
@@ -98,13 +98,13 @@ def test_the_text_stays(shape):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("options", "message"),
     [
         ({"context": "last:512"}, "context=last:512 has no effect without drafter=small"),
         ({"context": "last:8"}, "expected all, last:N or bm25:N, with N of 16 tokens or more"),
         ({"context": "first:99"}, "context=first:99: expected all, last:N or bm25:N"),
     ],
 )
-def test_a_context_that_cannot_be_read_is_refused(given, message):
-    assert any(message in fault for fault in DrafterOptions(**given).faults())
+def test_a_context_that_cannot_be_read_is_refused(options, message):
+    assert any(message in fault for fault in DrafterOptions(**options).faults())
     assert not list(DrafterOptions(drafter="small", small="there", context="bm25:512").faults())

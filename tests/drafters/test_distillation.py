@@ -45,9 +45,11 @@ def test_the_quick_way_gives_what_the_plain_one_gives(kind, dtype, vocabulary, c
         head = lambda h, w=weight: h @ w.to(h.dtype).T  # noqa: E731
         how = Distillation(kind, lambda h: h @ table.to(h.dtype).T, (head,), vocabulary, fast=fast)
         assert how.quick is fast
-        total, found = chunked_distillation(leaf, teacher.to(dtype), weights, how, chunk, (weight,))
+        total, actual = chunked_distillation(
+            leaf, teacher.to(dtype), weights, how, chunk, (weight,)
+        )
         total.backward()
-        results.append((total.detach(), found, leaf.grad, weight.grad))
+        results.append((total.detach(), actual, leaf.grad, weight.grad))
     for quick, plain in zip(*results, strict=True):
         torch.testing.assert_close(
             quick, plain, **({} if dtype is torch.float32 else {"rtol": 1e-2, "atol": 1e-3})
@@ -95,8 +97,8 @@ def test_the_quick_way_holds_where_probabilities_vanish():
         truth = how.truth(teacher)
         drafted = logits if vocabulary is None else logits[:, vocabulary]
         quick = how.quickly(truth, drafted, [])[:3]
-        for found, wanted in zip(quick, how.loss(truth.p, drafted.log_softmax(-1)), strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        for actual, expected in zip(quick, how.loss(truth.p, drafted.log_softmax(-1)), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [4, 50])
@@ -116,7 +118,7 @@ def test_value_and_gradient_are_those_of_whole_distributions(kind, heads, vocabu
         top=5,
     )
     leaf = hidden.clone().requires_grad_(True)
-    total, found = chunked_distillation(leaf, teacher, weights, how, chunk, tuple(tables))
+    total, actual = chunked_distillation(leaf, teacher, weights, how, chunk, tuple(tables))
     (3.0 * total).backward()
 
     plain, exact = hidden.double().requires_grad_(True), own.double().requires_grad_(True)
@@ -154,8 +156,8 @@ def test_value_and_gradient_are_those_of_whole_distributions(kind, heads, vocabu
     skipped = torch.stack(
         [(weights[:, i // chunk * chunk : (i // chunk + 1) * chunk] == 0).all() for i in range(11)]
     )
-    torch.testing.assert_close(found.double(), counts * ~skipped, rtol=1e-5, atol=1e-5)
-    assert not found.requires_grad
+    torch.testing.assert_close(actual.double(), counts * ~skipped, rtol=1e-5, atol=1e-5)
+    assert not actual.requires_grad
 
 
 @pytest.mark.parametrize("vocabulary", [None, SOME], ids=["all", "some"])
@@ -231,12 +233,12 @@ def test_without_positions_there_is_a_gradient_of_zero():
         (lambda h: h @ torch.ones(SIZE, VOCABULARY),),
     )
     leaf, parameter = torch.zeros(2, 0, SIZE, requires_grad=True), nn.Parameter(torch.ones(3))
-    total, found = chunked_distillation(
+    total, actual = chunked_distillation(
         leaf, torch.zeros(0, SIZE), torch.zeros(2, 0), how, 4, (parameter,)
     )
     total.backward()
     assert float(total.detach()) == 0.0
-    assert found.shape == (4, 2, 0)
+    assert actual.shape == (4, 2, 0)
     assert leaf.grad.shape == leaf.shape
     assert parameter.grad.tolist() == [0, 0, 0]
 
@@ -252,12 +254,12 @@ def test_a_teacher_that_gives_the_draft_vocabulary_no_chance_leaves_no_nan(kind)
     # the second position's chances are equal, and token 0, the first of them, is of it
     teacher = torch.eye(SIZE)[:2]
     leaf = torch.zeros(1, 2, SIZE, requires_grad=True)
-    total, found = chunked_distillation(leaf, teacher, torch.ones(1, 2), how, 8)
+    total, actual = chunked_distillation(leaf, teacher, torch.ones(1, 2), how, 8)
     total.backward()
-    assert found.isfinite().all()
+    assert actual.isfinite().all()
     assert leaf.grad.isfinite().all()
-    assert found[0, 0, 0] == found[3, 0, 0] == 0
-    assert float(found[3, 0, 1]) == pytest.approx(0.5)
+    assert actual[0, 0, 0] == actual[3, 0, 0] == 0
+    assert float(actual[3, 0, 1]) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("kind", ["ce", "kl"])
@@ -265,9 +267,9 @@ def test_the_teacher_itself_is_a_stationary_point(kind):
     _, teacher, _, table, _ = material(4, 1, None)
     leaf = teacher.expand(1, -1, -1).clone().requires_grad_(True)
     how = Distillation(kind, lambda h: h @ table.T, (lambda h: h @ table.T,))
-    total, found = chunked_distillation(leaf, teacher, torch.ones(1, 4), how, 3)
+    total, actual = chunked_distillation(leaf, teacher, torch.ones(1, 4), how, 3)
     total.backward()
-    assert found[3].min() > 1 - 1e-6
+    assert actual[3].min() > 1 - 1e-6
     assert leaf.grad.abs().max() < 1e-5
     if kind == "kl":
         assert float(total.detach()) == pytest.approx(0, abs=1e-5)
@@ -377,11 +379,11 @@ def test_a_drafters_loss_and_numbers_are_those_of_plain_loops(make, kind, packs,
     torch.testing.assert_close(numbers.double(), counted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(total.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(drafter.matrices.grad.double(), matrices.grad, rtol=1e-4, atol=1e-4)
-    found = metrics(numbers)
-    assert found["offset2/acceptance"] == pytest.approx(
+    actual = metrics(numbers)
+    assert actual["offset2/acceptance"] == pytest.approx(
         float(counted[1, 5] / counted[1, 1]), rel=1e-5
     )
-    assert found["expected"] == pytest.approx(
+    assert actual["expected"] == pytest.approx(
         1 + sum(float(n[6] / n[1]) for n in counted), rel=1e-5
     )
 
@@ -416,12 +418,12 @@ def test_captured_layers_are_what_transformers_calls_hidden_states(layers):
     last = []
     handle = model.model.norm.register_forward_pre_hook(lambda _, args: last.append(args[0]))
     with captured_layers(model.get_decoder(), layers) as kept, torch.no_grad():
-        wanted = model(toys.IDS, output_hidden_states=True).hidden_states
+        expected = model(toys.IDS, output_hidden_states=True).hidden_states
     handle.remove()
     assert len(kept) == len(layers)
-    for layer, found in zip(layers, kept, strict=True):
+    for layer, actual in zip(layers, kept, strict=True):
         # transformers' last one is after the norm
-        assert torch.equal(found, last[0] if layer == 3 else wanted[layer])
+        assert torch.equal(actual, last[0] if layer == 3 else expected[layer])
     with torch.no_grad():
         model(toys.IDS)
     assert len(kept) == len(layers)

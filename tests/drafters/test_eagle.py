@@ -37,7 +37,7 @@ from trainer.models.losses import CausalLoss
 def naive(w, model, hidden, ids, passes, window=None):
     """What each pass gives for the T slots of a row."""
     config, embedding = model.config, model.get_input_embeddings().weight.detach().double()
-    keys, values, found = [], [], []
+    keys, values, actual = [], [], []
     for k in range(passes):
         embedded = torch.stack([token_of(embedding, ids, t + 1 + k) for t in range(len(ids))])
         entering = torch.cat([embedded, hidden], 1) @ w["fc.weight"].T + w.get("fc.bias", 0)
@@ -45,9 +45,9 @@ def naive(w, model, hidden, ids, passes, window=None):
         states = states + fed(
             w, rms(states, w["layers.0.post_attention_layernorm.weight"], config.rms_norm_eps)
         )
-        found.append(states)
+        actual.append(states)
         hidden = states.detach()
-    return found
+    return actual
 
 
 def smooth_l1(a, b):
@@ -67,24 +67,24 @@ def test_states_loss_and_gradient_are_those_of_the_reference(kind, passes, bias,
     target = Target(model)
     output, rows = output_of(packs, SIZE)
     w, window = weights_of(drafter), getattr(model.config, "sliding_window", None)
-    wanted = [
+    reference = [
         naive(w, model, hidden.double(), ids, passes, window)
         for (hidden, _), (ids, _) in zip(rows, ROWS, strict=True)
     ]
 
     for k, states in enumerate(drafter.states(output, target)):
         assert states.isfinite().all()
-        for row, found in enumerate(by_row(packs, states)):
-            there = max(0, len(found) - 1 - k)
+        for row, actual in enumerate(by_row(packs, states)):
+            there = max(0, len(actual) - 1 - k)
             torch.testing.assert_close(
-                found[:there].double(), wanted[row][k][:there], rtol=1e-4, atol=1e-4
+                actual[:there].double(), reference[row][k][:there], rtol=1e-4, atol=1e-4
             )
 
     total, numbers = drafter.loss(output, target, 4)
     total.backward()
     table = model.get_output_embeddings().weight.detach().double()
     expected, counts = torch.zeros((), dtype=torch.float64), [0] * passes
-    for (hidden, _), states, (ids, first) in zip(rows, wanted, ROWS, strict=True):
+    for (hidden, _), states, (ids, first) in zip(rows, reference, ROWS, strict=True):
         for k in range(passes):
             for t in range(len(ids)):
                 if t + k + 2 < len(ids) and t + k + 2 >= first:
@@ -120,8 +120,8 @@ def test_keys_of_one_place_only_are_attended_to_as_with_a_mask_for_all(dtype, to
     tensors = [one.to(dtype).requires_grad_(True) for one in (query, key, value)]
     layer = nn.Module()
     layer.num_key_value_groups = 2
-    found, _ = attend(layer, *tensors, mask, scaling=0.3)
-    found.float().pow(2).sum().backward()
+    actual, _ = attend(layer, *tensors, mask, scaling=0.3)
+    actual.float().pow(2).sum().backward()
 
     exact = [one.detach().double().requires_grad_(True) for one in tensors]
     whole = torch.cat(
@@ -129,10 +129,10 @@ def test_keys_of_one_place_only_are_attended_to_as_with_a_mask_for_all(dtype, to
     )
     keys, values = (one.repeat_interleave(2, 1) for one in exact[1:])
     scores = (0.3 * exact[0] @ keys.transpose(2, 3)).masked_fill(~whole, -math.inf)
-    wanted = (scores.softmax(-1) @ values).transpose(1, 2)
-    wanted.pow(2).sum().backward()
+    reference = (scores.softmax(-1) @ values).transpose(1, 2)
+    reference.pow(2).sum().backward()
     assert scores.detach().max() > 10
-    torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(actual.double(), reference, rtol=tolerance, atol=tolerance)
     for one, other in zip(tensors, exact, strict=True):
         largest = float(other.grad.abs().max())
         torch.testing.assert_close(
@@ -152,9 +152,9 @@ def test_decoding_with_it_gives_the_targets_text(shape):
     model = llama()
     ids = torch.tensor([3, 1, 4, 1, 5])
     plain = generate(Target(model), None, ids, 12, [])
-    found = generate(Target(model), eagle(model), ids, 12, [], strategy=Strategy(shape))
-    assert found.tokens == plain.tokens
-    assert max(proposed for proposed, _ in found.drafts) > 1
+    actual = generate(Target(model), eagle(model), ids, 12, [], strategy=Strategy(shape))
+    assert actual.tokens == plain.tokens
+    assert max(proposed for proposed, _ in actual.drafts) > 1
 
 
 def test_depth_is_a_knob_of_its_own():
@@ -191,14 +191,14 @@ def test_from_the_last_layer_it_starts_as_that_without_its_first_norm():
     layer.input_layernorm = nn.Identity()
     with torch.no_grad():
         states = next(iter(drafter.states(output, target)))
-        for found, (hidden, _) in zip(by_row(APART, states), rows, strict=True):
+        for actual, (hidden, _) in zip(by_row(APART, states), rows, strict=True):
             hidden = hidden[None]
             at = torch.arange(hidden.shape[1])[None]
-            wanted = layer(
+            reference = layer(
                 hidden, position_embeddings=model.model.rotary_emb(hidden, at), attention_mask=None
             )
             torch.testing.assert_close(
-                found, (wanted if isinstance(wanted, torch.Tensor) else wanted[0])[0]
+                actual, (reference if isinstance(reference, torch.Tensor) else reference[0])[0]
             )
 
 
@@ -239,15 +239,15 @@ def test_it_learns_what_the_target_does_next():
     batch = {"input_ids": ids, "labels": ids.clone()}
     loss = CausalLoss(model.requires_grad_(False), 64, drafter, Target(model))
     optimizer = torch.optim.AdamW(drafter.parameters(), 3e-3)
-    found = []
+    actual = []
     for _ in range(25):
         total, sums = loss(batch)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        found.append(sums["offsets"])
-    assert float(found[-1][0, 2]) > float(found[0][0, 2])
-    assert float(found[-1][0, 5]) > float(found[0][0, 5])
+        actual.append(sums["offsets"])
+    assert float(actual[-1][0, 2]) > float(actual[0][0, 2])
+    assert float(actual[-1][0, 5]) > float(actual[0][0, 5])
 
 
 def test_its_state_is_named_as_engines_name_it_and_comes_back():

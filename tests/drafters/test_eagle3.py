@@ -50,7 +50,7 @@ def naive(w, model, features, ids, passes, norm_output=False, fc_norm=False, win
     if fc_norm:
         parts = [rms(part, w[f"fc_norm.{i}.weight"], eps) for i, part in enumerate(parts)]
     state = torch.cat(list(parts), 1) @ w["fc.weight"].T
-    keys, values, found = [], [], []
+    keys, values, actual = [], [], []
     for k in range(passes):
         embedded = torch.stack([token_of(embedding, ids, t + 1 + k) for t in range(len(ids))])
         normed = [
@@ -59,9 +59,9 @@ def naive(w, model, features, ids, passes, norm_output=False, fc_norm=False, win
         ]
         state = state + attended(w, config, torch.cat(normed, 1), k, keys, values, window)
         state = state + fed(w, rms(state, w["layers.0.post_attention_layernorm.weight"], eps))
-        found.append(rms(state, w["norm.weight"], eps))
-        state = found[-1] if norm_output else state
-    return found
+        actual.append(rms(state, w["norm.weight"], eps))
+        state = actual[-1] if norm_output else state
+    return actual
 
 
 @pytest.mark.long
@@ -86,17 +86,17 @@ def test_states_loss_and_gradient_are_those_of_the_reference(kind, changes, pack
     w, passes = weights_of(drafter), drafter.offsets
     form = {"norm_output": drafter.norm_output, "fc_norm": drafter.fc_norm is not None}
     window = getattr(model.config, "sliding_window", None)
-    wanted = [
+    reference = [
         naive(w, model, f.double(), ids, passes, window=window, **form)
         for (_, f), (ids, _) in zip(rows, ROWS, strict=True)
     ]
 
     for k, states in enumerate(drafter.states(output, target)):
         assert states.isfinite().all()
-        for row, found in enumerate(by_row(packs, states)):
-            there = max(0, len(found) - 1 - k)
+        for row, actual in enumerate(by_row(packs, states)):
+            there = max(0, len(actual) - 1 - k)
             torch.testing.assert_close(
-                found[:there].double(), wanted[row][k][:there], rtol=1e-4, atol=1e-4
+                actual[:there].double(), reference[row][k][:there], rtol=1e-4, atol=1e-4
             )
 
     total, numbers = drafter.loss(output, target, 4)
@@ -104,7 +104,7 @@ def test_states_loss_and_gradient_are_those_of_the_reference(kind, changes, pack
     table, head = model.get_output_embeddings().weight.detach().double(), w["lm_head.weight"]
     weights = changes.get("weights", [0.8**k for k in range(passes)])
     expected, counts, left_out = torch.zeros((), dtype=torch.float64), [0] * passes, 0
-    for (hidden, _), states, (ids, first) in zip(rows, wanted, ROWS, strict=True):
+    for (hidden, _), states, (ids, first) in zip(rows, reference, ROWS, strict=True):
         for k in range(passes):
             for t in range(len(ids)):
                 if t + k + 2 < len(ids) and t + k + 2 >= first:
@@ -151,8 +151,8 @@ def test_its_features_are_the_targets_states_in_their_order():
     model = toys.llama(torch.float32, **TINY, num_hidden_layers=5)
     drafter = eagle3(model)
     output = []
-    drafter.loss = lambda found, *_: (
-        output.append(found) or (found.hidden.sum() * 0, torch.zeros(3, 7))
+    drafter.loss = lambda actual, *_: (
+        output.append(actual) or (actual.hidden.sum() * 0, torch.zeros(3, 7))
     )
     ids = toys.IDS[:, :9]
     CausalLoss(model, 64, drafter, Target(model))({"input_ids": ids, "labels": ids})
@@ -180,12 +180,12 @@ def test_the_states_that_are_read(depth, layers):
     assert read_layers(depth, [0, depth]) == (0, depth)
 
 
-@pytest.mark.parametrize("wanted", [[], [2, 1], [1, 1], [-1, 2], [1, 5]])
-def test_states_that_there_are_not_are_named(wanted):
+@pytest.mark.parametrize("reference", [[], [2, 1], [1, 1], [-1, 2], [1, 5]])
+def test_states_that_there_are_not_are_named(reference):
     with pytest.raises(
         DrafterError, match=r"drafter\.aux_layers=\[.*ascending.* 4 \(the output of its last layer"
     ):
-        read_layers(4, wanted)
+        read_layers(4, reference)
 
 
 # draft vocabulary
@@ -286,16 +286,16 @@ def test_from_the_last_layer_it_starts_as_that_run_on_the_last_state_that_is_rea
     output, rows = output_of(APART, SIZE, FEATURES)
     with torch.no_grad():
         states = next(iter(drafter.states(output, target)))
-        for found, (_, features) in zip(by_row(APART, states), rows, strict=True):
+        for actual, (_, features) in zip(by_row(APART, states), rows, strict=True):
             entering = features[None, :, -SIZE:]
             at = torch.arange(entering.shape[1])[None]
-            given = model.model.layers[-1](
+            last = model.model.layers[-1](
                 entering,
                 position_embeddings=model.model.rotary_emb(entering, at),
                 attention_mask=None,
             )
-            wanted = model.model.norm(given if isinstance(given, torch.Tensor) else given[0])[0]
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+            reference = model.model.norm(last if isinstance(last, torch.Tensor) else last[0])[0]
+            torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_with_biases_become_layers_without():
@@ -348,15 +348,15 @@ def test_it_learns_what_the_target_does_next():
     ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6] * 4])
     loss = CausalLoss(model.requires_grad_(False), 64, drafter, Target(model))
     optimizer = torch.optim.AdamW(drafter.parameters(), 3e-3)
-    found = []
+    actual = []
     for _ in range(20):
         total, sums = loss({"input_ids": ids, "labels": ids.clone()})
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        found.append(sums["offsets"])
-    assert (found[-1][:, 2] > found[0][:, 2]).all()
-    assert (found[-1][:, 6] > found[0][:, 6]).all()
+        actual.append(sums["offsets"])
+    assert (actual[-1][:, 2] > actual[0][:, 2]).all()
+    assert (actual[-1][:, 6] > actual[0][:, 6]).all()
 
 
 def test_models_that_it_cannot_be_built_for_are_named():
@@ -425,21 +425,19 @@ def test_later_passes_of_the_slots_that_count_are_those_of_all_slots(make, kind,
         5, 3, 80, SIZE, generator=torch.Generator().manual_seed(6), dtype=torch.float64
     )
     lengths, results = [], []
-    drafter.midlayer.mlp.register_forward_pre_hook(
-        lambda _, given: lengths.append(given[0].shape[1])
-    )
+    drafter.midlayer.mlp.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     for sparing in (True, False):
         drafter.sparing = sparing
         states = list(drafter.counted_states(output, target))
         assert all(one.shape == output.hidden.shape and one.isfinite().all() for one in states)
-        found = [one[counts] for one, counts in zip(states, where, strict=True)]
-        moved = sum((one * pull[k][where[k]]).sum() for k, one in enumerate(found))
+        actual = [one[counts] for one, counts in zip(states, where, strict=True)]
+        moved = sum((one * pull[k][where[k]]).sum() for k, one in enumerate(actual))
         trained = [
             p
             for name, p in drafter.named_parameters()
             if not name.startswith(("confidence", "lm_head"))
         ]
-        results.append([*(one.detach() for one in found), *torch.autograd.grad(moved, trained)])
+        results.append([*(one.detach() for one in actual), *torch.autograd.grad(moved, trained)])
         total, numbers = drafter.loss(output, target, 7)
         total.backward()
         results.append(

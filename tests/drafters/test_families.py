@@ -8,7 +8,15 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from tests.exporting.test_engines import D, F, drafter_of, given, model_of, own_logits, written
+from tests.exporting.test_engines import (
+    D,
+    F,
+    drafter_of,
+    model_of,
+    own_logits,
+    states_and_ids,
+    written,
+)
 from tests.toys.eagle import knobs
 from tests.toys.speculative import alone
 from trainer.config import history
@@ -71,7 +79,7 @@ def test_a_head_for_experts_has_a_layer_that_engines_load(name, layer, tmp_path)
         )
     for to in ways[layer][name]:
         written(drafter, model, to, tmp_path / to)
-        states, ids = given(drafter)
+        states, ids = states_and_ids(drafter)
         drafted = torch.tensor([7, 1, 30])[: drafter.depth - 1]
         torch.testing.assert_close(
             engines.logits(tmp_path / to, to, model, states, ids[1:], drafted),

@@ -155,8 +155,8 @@ def test_kept_positions_are_nested_and_as_many_as_the_settings_say():
                 valid = before & set(where[row].nonzero()[:, 0].tolist())
                 assert chosen == sorted(chosen)
                 assert set(chosen) <= valid
-                wanted = math.ceil(many * max(0.5**depth, 0.3) - 1e-6)
-                assert len(chosen) == min(wanted, len(valid))
+                expected = math.ceil(many * max(0.5**depth, 0.3) - 1e-6)
+                assert len(chosen) == min(expected, len(valid))
                 before = set(chosen)
                 seen[depth - 1] |= {(row, place) for place in chosen}
     for depth, places in enumerate(seen, 1):
@@ -206,10 +206,10 @@ def test_a_draft_is_what_is_trained_and_nothing_of_it_stays():
     w = {name: tensor.detach() for name, tensor in weights_of(drafter).items()}
     z = rollout(w, drafter, model, features.double(), ids.tolist(), known - 1)
     logits = z @ w["lm_head.weight"].T
-    found = [growth.first()]
+    actual = [growth.first()]
     for node in range(drafter.depth - 1):
-        found.append(growth.extend(torch.tensor([node]), torch.tensor([node - 1]))[0])
-    torch.testing.assert_close(torch.stack(found).double(), logits, rtol=1e-4, atol=1e-4)
+        actual.append(growth.extend(torch.tensor([node]), torch.tensor([node - 1]))[0])
+    torch.testing.assert_close(torch.stack(actual).double(), logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(growth.vocabulary, drafter.vocabulary)
 
 

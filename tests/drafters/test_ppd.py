@@ -180,8 +180,8 @@ def test_the_verifying_pass_looks_ahead_after_every_node(parents, members):
                     text = [*prompts[0].tolist(), 11, *(int(tokens[0][1 + n]) for n in path)]
                     states = prompted.after(0, path)
                     logits = target.head(states.mean(0))
-                    wanted = looked_ahead(drafter, model, text)
-                    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+                    reference = looked_ahead(drafter, model, text)
+                    torch.testing.assert_close(logits, reference, rtol=1e-4, atol=1e-5)
             for cache in (plain, prompted):
                 cache.commit(paths if step == 0 else [[0], [1]])
             assert plain.lengths == prompted.lengths

@@ -75,13 +75,13 @@ def drawn(batch, d_max, seed):
 def rows_of(batch, packs, d_max, seed):
     """(ids, first trained, d) of each row."""
     ahead = drawn(batch, d_max, seed)
-    found = []
+    actual = []
     for i, pack in enumerate(packs):
         at = 0
         for ids, first in pack:
-            found.append((ids, first, int(ahead[i, at])))
+            actual.append((ids, first, int(ahead[i, at])))
             at += len(ids)
-    return found
+    return actual
 
 
 def interleaved(model, register, rows):
@@ -138,19 +138,19 @@ def test_loss_and_gradient_are_those_of_registers_between_the_tokens(packs, seed
     batch = batch_of(*packs)
     rows = rows_of(batch, packs, 4, seed)
     torch.manual_seed(seed)
-    found, sums = loss(batch)
+    actual, sums = loss(batch)
     following, ahead = interleaved(model, drafter.register, rows)
     assert float(ahead.detach()) > 1
-    torch.testing.assert_close(found.double(), 0.7 * following + 0.3 * ahead, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(actual.double(), 0.7 * following + 0.3 * ahead, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(sums["loss"].double(), following, rtol=1e-6, atol=1e-6)
-    wanted = gradients(model, drafter, 0.7 * following + 0.3 * ahead)
-    assert wanted[-1].abs().max() > 1e-3, "nothing reaches the register"
-    for mine, other in zip(gradients(model, drafter, found), wanted, strict=True):
+    expected = gradients(model, drafter, 0.7 * following + 0.3 * ahead)
+    assert expected[-1].abs().max() > 1e-3, "nothing reaches the register"
+    for mine, other in zip(gradients(model, drafter, actual), expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
     without = gradients(model, nn.Module(), following)
     assert any(
         (mine / 0.7 - other).abs().max() > 1e-3
-        for mine, other in zip(wanted, without, strict=False)
+        for mine, other in zip(expected, without, strict=False)
     ), "nor the adapter"
 
 
@@ -244,10 +244,10 @@ def test_the_numbers_are_those_of_each_offset():
     assert sums["offsets"].shape == (3, 5)
     for k in (1, 2, 3):
         of_this = [r for r in rows if r[2] == k + 1]
-        _, wanted = interleaved(model, drafter.register, of_this)
+        _, expected = interleaved(model, drafter.register, of_this)
         count = sum(max(0, len(ids) - max(first, d)) for ids, first, d in of_this)
         assert sums["offsets"][k - 1, :2].tolist() == pytest.approx(
-            [float(torch.as_tensor(wanted).detach()), count], rel=1e-5
+            [float(torch.as_tensor(expected).detach()), count], rel=1e-5
         )
     metrics = drafters.metrics(sums["offsets"])
     assert metrics["accepted"] == 1.0
@@ -306,17 +306,17 @@ def test_a_register_sees_itself_and_its_row_so_far():
         for q in range(length + count):
             for k in range(length + count):
                 if q < length:
-                    wanted = k <= q and of_row[i][q] == of_row[i][k]
+                    expected = k <= q and of_row[i][q] == of_row[i][k]
                 elif k >= length:
-                    wanted = k == q
+                    expected = k == q
                 else:
                     t = int(places.after[i, q - length])
-                    wanted = (
+                    expected = (
                         int(places.targets[i, q - length]) != -100
                         and k <= t
                         and of_row[i][k] == of_row[i][t]
                     )
-                assert bool(seen[i, q, k]) == wanted, (i, q, k)
+                assert bool(seen[i, q, k]) == expected, (i, q, k)
 
 
 def test_d_is_uniform_over_rows_and_comes_from_the_seed():
@@ -334,10 +334,10 @@ def test_d_is_uniform_over_rows_and_comes_from_the_seed():
     assert torch.equal(one.ahead, again.ahead)
     assert torch.equal(one.after, again.after)
     assert not torch.equal(one.ahead, other.ahead)
-    found = one.ahead[one.targets != -100]  # one register a row
-    assert len(found) == 2000
+    actual = one.ahead[one.targets != -100]  # one register a row
+    assert len(actual) == 2000
     # 4 standard deviations
-    assert all(abs(int((found == d).sum()) - 500) < 80 for d in (1, 2, 3, 4))
+    assert all(abs(int((actual == d).sum()) - 500) < 80 for d in (1, 2, 3, 4))
     within = [
         set(ahead[targets != -100].tolist())
         for ahead, targets in zip(one.ahead, one.targets, strict=True)
@@ -358,10 +358,10 @@ def test_evaluation_is_without_registers():
     model, _, loss = made()
     batch = batch_of(*APART)
     with torch.no_grad():
-        found, sums = loss(batch)
-        wanted, plain = CausalLoss(model, 5)(batch)
+        actual, sums = loss(batch)
+        expected, plain = CausalLoss(model, 5)(batch)
     assert torch.equal(sums["loss"], plain["loss"])
-    assert torch.equal(found, 0.7 * wanted)
+    assert torch.equal(actual, 0.7 * expected)
     assert drafters.metrics(sums["offsets"]) == {}
 
 
@@ -374,10 +374,10 @@ def test_the_head_is_trained_by_registers_where_it_is_trained():
     batch = batch_of(*APART)
     rows = rows_of(batch, APART, 4, 0)
     torch.manual_seed(0)
-    found, _ = CausalLoss(model, 5, drafter, Target(model))(batch)
+    actual, _ = CausalLoss(model, 5, drafter, Target(model))(batch)
     following, ahead = interleaved(model, drafter.register, rows)
-    wanted = gradients(model, drafter, 0.7 * following + 0.3 * ahead)
-    for mine, other in zip(gradients(model, drafter, found), wanted, strict=True):
+    expected = gradients(model, drafter, 0.7 * following + 0.3 * ahead)
+    for mine, other in zip(gradients(model, drafter, actual), expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
@@ -633,31 +633,31 @@ def test_checkpointed_activations_give_the_same_gradient():
     model, drafter, loss = made()
     batch = batch_of(*PACKED)
     torch.manual_seed(0)
-    wanted = gradients(model, drafter, loss(batch)[0])
+    expected = gradients(model, drafter, loss(batch)[0])
     model.activation_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(0)
-    for mine, other in zip(gradients(model, drafter, loss(batch)[0]), wanted, strict=True):
+    for mine, other in zip(gradients(model, drafter, loss(batch)[0]), expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
 
 
-def start(found):
+def start(actual):
     """The register that the run began with."""
-    torch.manual_seed(found.config["seed"])
-    return registers(found.base.load(torch.float32)).register
+    torch.manual_seed(actual.config["seed"])
+    return registers(actual.base.load(torch.float32)).register
 
 
 def is_ordinary(run):
     """Assert that a run's adapter has learnt and is worth, without registers, what the run's
     evaluation says."""
-    found = trained_module.load_trained(str(run))
-    held_out = load_data(found.config, found.base, found.task, train=False).held_out
-    plain = losses(CausalLoss(found.model, 64), held_out, 8, torch.device("cpu"))
+    actual = trained_module.load_trained(str(run))
+    held_out = load_data(actual.config, actual.base, actual.task, train=False).held_out
+    plain = losses(CausalLoss(actual.model, 64), held_out, 8, torch.device("cpu"))
     rows = [row for row in journal.read(run / "metrics.jsonl") if row["kind"] == "evaluation"]
     assert {key: rows[-1][key] for key in plain} == pytest.approx(plain, rel=1e-5)
     assert not any("offset" in key for row in rows for key in row)
     assert rows[-1]["loss"] < rows[0]["loss"]
-    assert (found.drafter.register - start(found)).abs().min() > 1e-3
-    return found, held_out, plain
+    assert (actual.drafter.register - start(actual)).abs().min() > 1e-3
+    return actual, held_out, plain
 
 
 SETTINGS = (
@@ -675,9 +675,9 @@ SETTINGS = (
 def test_a_run_leaves_an_ordinary_adapter_resumed_or_not(train, chats, monkeypatch):
     settings = (f"task.path={chats}", *SETTINGS, "objective.gradient_checkpointing=true")
     alone = train(*settings, "name=alone")
-    found, held_out, plain = is_ordinary(alone)
+    actual, held_out, plain = is_ordinary(alone)
     exported = peft.PeftModel.from_pretrained(
-        found.base.load(torch.float32), str(alone / "adapter")
+        actual.base.load(torch.float32), str(alone / "adapter")
     ).eval()
     assert losses(CausalLoss(exported, 64), held_out, 8, torch.device("cpu")) == pytest.approx(
         plain, rel=1e-5
@@ -688,10 +688,10 @@ def test_a_run_leaves_an_ordinary_adapter_resumed_or_not(train, chats, monkeypat
         with pytest.raises(PowerCut):
             train(*settings, "name=cut", "resume=auto")
     cut = train(*settings, "name=cut", "resume=auto")
-    (tensors, rows, _), (wanted, wanted_rows, _) = outcome(cut), outcome(alone)
+    (tensors, rows, _), (expected, wanted_rows, _) = outcome(cut), outcome(alone)
     assert rows == wanted_rows
     assert all(math.isfinite(row["offset1/loss"]) for row in rows if row["kind"] == "step")
-    assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
     ends = [
         checkpoints.load(checkpoints.newest(run / "checkpoints"))["drafter"]["register"]
         for run in (alone, cut)

@@ -108,7 +108,7 @@ def test_generated_answers_are_those_of_a_greedy_loop_up_to_where_the_run_ends_t
     include = toys.folder(tmp_path, expected)
     settings = harness.Settings(("toy_generate",), str(include), batch_size=2)
     tasks = harness.find(settings)
-    grades = [float(text == wanted) for text, wanted in zip(free, expected, strict=True)]
+    grades = [float(text == reference) for text, reference in zip(free, expected, strict=True)]
     scores = harness.evaluate(model, renderer, Stops(), settings, tasks)
     assert scores.numbers == {
         "toy_generate/exact_match": pytest.approx(statistics.mean(grades)),

@@ -21,10 +21,10 @@ from tests.exporting.test_engines import (
     F,
     V,
     drafter_of,
-    given,
     model_of,
     own_logits,
     read,
+    states_and_ids,
     written,
 )
 from trainer.drafters import DrafterError, Target, TargetUpdate
@@ -108,7 +108,7 @@ def test_names_are_the_engines_and_the_files_compute_what_the_drafter_does(
     assert config["mask_token_id"] == int(drafter.mask_token)
     assert config["block_size"] == K
     assert config["sample_from_anchor"] is True
-    states, ids = given(drafter)
+    states, ids = states_and_ids(drafter)
     drafted = torch.tensor([7, 1, 30])
     logits = own_logits(drafter, model, states, ids, drafted)
     got = engines.logits(tmp_path, to, model, states, ids[1:], drafted)
@@ -273,7 +273,7 @@ def inputs(drafter, model, place) -> tuple[Tensor, Tensor]:
     predicted acceptance (A, K - 1), of the blocks at the anchors 1 .. A; a block's tokens are those
     of ids."""
     count, anchors = 17, 11
-    states, ids = given(drafter, count - 1)
+    states, ids = states_and_ids(drafter, count - 1)
     states = torch.cat([states, torch.zeros(1, states.shape[1])])
     save_file({"states": states, "ids": ids}, place / "in.safetensors")
     rows, sure = [], []

@@ -134,16 +134,16 @@ def test_what_is_written_is_the_compressed_adapter(run_of, tmp_path, kind, choic
     assert math.isfinite(result.loss_after)
 
     # Stock PEFT on a plain base, against the base with the update added by hand.
-    found = trained_module.load_trained(str(run), fp32=True)
-    labels = found.task.labels if kind == "classes" else None
+    actual = trained_module.load_trained(str(run), fp32=True)
+    labels = actual.task.labels if kind == "classes" else None
     loaded = peft.PeftModel.from_pretrained(
-        found.base.load(torch.float32, labels), result.out
+        actual.base.load(torch.float32, labels), result.out
     ).eval()
-    wanted = logits(found.model)
-    assert (logits(loaded) - wanted).abs().max() > 1e-3
+    expected = logits(actual.model)
+    assert (logits(loaded) - expected).abs().max() > 1e-3
     if kind == "lora":
-        plain = found.base.load(torch.float32)
-        scale = found.adapter.alpha / found.adapter.rank
+        plain = actual.base.load(torch.float32)
+        scale = actual.adapter.alpha / actual.adapter.rank
         with torch.no_grad():
             for key, tensor in after.items():
                 if key.endswith("lora_A.weight"):
@@ -227,10 +227,10 @@ def test_where_to_search_without_training_rows():
         task=SimpleNamespace(kind="chat"),
         collate=Collate(0, True, False),
     )
-    found, name = compact._search_rows(stream)
+    actual, name = compact._search_rows(stream)
     assert name == "the first 2 held-out rows"
-    assert found.sequences.packs == [[0], [1]]
-    assert found.collate == Collate(0, False, False)
+    assert actual.sequences.packs == [[0], [1]]
+    assert actual.collate == Collate(0, False, False)
     stream.held_out = None
     with pytest.raises(AdapterError, match=r"no rows to search on.* Give alpha= or q= a number"):
         compact._search_rows(stream)
@@ -373,17 +373,17 @@ def test_sizes_are_those_of_the_update(run_of, tmp_path, kind):
     run = run_of(kind)
     assert sizes.main([f"run={run}", f"json={tmp_path / 'sizes.json'}"]) == 0
     layers = {row["module"]: row for row in json.loads((tmp_path / "sizes.json").read_text())}
-    found = trained_module.load_trained(str(run), fp32=True)
-    with found.adapter.disabled(found.model):
+    actual = trained_module.load_trained(str(run), fp32=True)
+    with actual.adapter.disabled(actual.model):
         alone = {
             name: tensor.clone()
             for name, tensor in (
-                found.base.load(torch.float32, found.task.labels if kind == "classes" else None)
+                actual.base.load(torch.float32, actual.task.labels if kind == "classes" else None)
                 .state_dict()
                 .items()
             )
         }
-    merged = found.adapter.merge(found.model).state_dict()
+    merged = actual.adapter.merge(actual.model).state_dict()
     seen = 0
     for module, row in layers.items():
         if row["density"] is None and kind == "mos":

@@ -93,7 +93,7 @@ def read(folder) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json.loads((folder / "config.json").read_text()), load_file(file)
 
 
-def given(drafter, count=9) -> tuple[Tensor, Tensor]:
+def states_and_ids(drafter, count=9) -> tuple[Tensor, Tensor]:
     """States that a drafter reads of its target, and tokens x_0 .. x_count."""
     draw = torch.Generator().manual_seed(5)
     return torch.randn(count, max(1, len(drafter.layers)) * D, generator=draw), torch.randint(
@@ -204,7 +204,7 @@ def test_a_layouts_names_are_the_engines_and_its_files_compute_what_the_drafter_
         ids = [i + int(offset) for i, offset in enumerate(tensors["d2t"])]
         assert ids == sorted(set(ids)) == [i for i, drafted in enumerate(tensors["t2d"]) if drafted]
         assert set(ids) == set(sorted(range(V), key=lambda i: -int(COUNTS[i]))[:DRAFTED])
-    states, ids = given(drafter)
+    states, ids = states_and_ids(drafter)
     drafted = torch.tensor([7, 1, 30, 2])[: drafter.depth - 1]
     expected = own_logits(drafter, model, states, ids, drafted)
     got = engines.logits(tmp_path, to, model, states, ids[1:], drafted)
@@ -344,7 +344,7 @@ def test_medusas_file_is_what_tgi_reads(tmp_path):
     assert full.keys() - tensors.keys() == {"0.1.weight", "1.1.weight"}
     assert torch.equal(full["0.1.weight"], output)
     assert torch.equal(full["1.1.weight"], output)
-    states, ids = given(drafter)
+    states, ids = states_and_ids(drafter)
     with_own = engines.logits(tmp_path / "copied", "medusa", model, states, ids[1:], ids[:1])
     without = engines.logits(tmp_path / "shared", "medusa", model, states, ids[1:], ids[:1])
     torch.testing.assert_close(with_own, without, rtol=0, atol=0.05)
@@ -535,8 +535,8 @@ def test_a_runs_head_is_exported_and_held_against_it(train, chats, tmp_path, mon
 
 def inputs(drafter, model, place) -> list[Tensor]:
     """Writes states and ids for the engines; own logits (T - 2, v) of three steps of which each is
-    given the next of the ids."""
-    states, ids = given(drafter, 12)
+    states_and_ids the next of the ids."""
+    states, ids = states_and_ids(drafter, 12)
     save_file({"states": states, "ids": ids[1:].contiguous()}, place / "in.safetensors")
     rows = [
         own_logits(drafter, model, states[:n], ids[: n + 1], ids[n + 1 : n + 3])

@@ -21,10 +21,10 @@ from tests.exporting.test_engines import (
     D,
     V,
     drafter_of,
-    given,
     model_of,
     own_logits,
     read,
+    states_and_ids,
     written,
 )
 from trainer.drafters import DrafterError
@@ -74,7 +74,7 @@ def test_names_are_the_engines_and_the_files_compute_what_the_drafter_does(
     (proposal,) = config["speculators_config"]["proposal_methods"]
     assert proposal["speculative_tokens"] == K
     assert config["transformer_layer_config"]["num_hidden_layers"] == 1 + len(drafter.more)
-    states, ids = given(drafter)
+    states, ids = states_and_ids(drafter)
     drafted = torch.tensor([7, 1, 30])
     logits = own_logits(drafter, model, states, ids, drafted)
     got = engines.logits(tmp_path, "speculators", model, states, ids[1:], drafted)
@@ -117,7 +117,7 @@ def test_a_runs_head_is_exported_and_held_against_it(train, chats, tmp_path):
 def inputs(drafter, model, place, anchors: int) -> Tensor:
     """Write states (T, f) and ids x_1 .. x_T for the engines. Return own logits (A, K, v) of the
     drafts after the positions 0 .. A - 1."""
-    states, ids = given(drafter, 12)
+    states, ids = states_and_ids(drafter, 12)
     save_file({"states": states, "ids": ids[1:].contiguous()}, place / "in.safetensors")
     drafted = torch.zeros(K - 1, dtype=torch.long)
     rows = [

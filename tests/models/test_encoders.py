@@ -84,40 +84,40 @@ def test_a_head_for_other_classes_is_made_again(base, tmp_path):
     trained = base("roberta").load(torch.float32, ["a", "b", "c"])
     trained.save_pretrained(tmp_path)
     base("roberta").tokenizer.save_pretrained(tmp_path)
-    found = Base(str(tmp_path), "auto", "auto", "none", True).load(torch.float32, ["x", "y"])
-    assert found.config.id2label == {0: "x", 1: "y"}
-    assert found.fresh_modules == ("classifier",)
-    assert torch.equal(found.classifier.dense.weight, trained.classifier.dense.weight)
-    assert found.classifier.out_proj.weight.shape[0] == 2
+    actual = Base(str(tmp_path), "auto", "auto", "none", True).load(torch.float32, ["x", "y"])
+    assert actual.config.id2label == {0: "x", 1: "y"}
+    assert actual.fresh_modules == ("classifier",)
+    assert torch.equal(actual.classifier.dense.weight, trained.classifier.dense.weight)
+    assert actual.classifier.out_proj.weight.shape[0] == 2
 
 
 @pytest.mark.parametrize(
     ("family", "longest"), [("roberta", 64), ("xlm_roberta", 64), ("bert", 64), ("bart", 64)]
 )
 def test_the_longest_row_leaves_out_positions_that_no_token_gets(base, family, longest):
-    found = base(family)
-    assert found.longest == longest
-    model = found.load(torch.float32, ["a", "b"])
+    actual = base(family)
+    assert actual.longest == longest
+    model = actual.load(torch.float32, ["a", "b"])
     ids = torch.full((1, longest + 1), 9)
-    ids[:, -1] = found.tokenizer.eos_token_id or 3
+    ids[:, -1] = actual.tokenizer.eos_token_id or 3
     model(input_ids=ids[:, 1:])
     with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=ids)
 
 
 def test_a_tokenizer_without_an_end_classifies_and_does_not_write(base):
-    found = base("bert")
-    assert found.tokenizer.eos_token is None
-    labels = Renderer(found.tokenizer, Task(kind="label", labels=["a", "b"]))
+    actual = base("bert")
+    assert actual.tokenizer.eos_token is None
+    labels = Renderer(actual.tokenizer, Task(kind="label", labels=["a", "b"]))
     row = labels(Labelled("xy", "b", "here"))
-    assert (row.ids, row.label) == (found.tokenizer("xy")["input_ids"], 1)
+    assert (row.ids, row.label) == (actual.tokenizer("xy")["input_ids"], 1)
     with pytest.raises(BaseError, match="no end-of-sequence token, so a model trained with it"):
-        Renderer(found.tokenizer, Task())
+        Renderer(actual.tokenizer, Task())
 
 
 def test_a_cut_text_keeps_the_tokens_that_close_it(base):
-    found = base("bert")
-    labels = Renderer(found.tokenizer, Task(kind="label", labels=["a", "b"]))
+    actual = base("bert")
+    labels = Renderer(actual.tokenizer, Task(kind="label", labels=["a", "b"]))
     row = labels(Labelled("abcdefgh", "a", "here"))
     report = Report()
     cut = fit(row, labels, 6, "truncate", "here", report)
@@ -127,29 +127,29 @@ def test_a_cut_text_keeps_the_tokens_that_close_it(base):
 
 @pytest.mark.parametrize("family", encoders.PAIRS)
 def test_a_pair_is_what_transformers_reads_and_what_it_is_taught_to_write(base, family):
-    found = base(family)
-    row = renderer(found)(pair())
+    actual = base(family)
+    row = renderer(actual)(pair())
     at = row.trained.index(True)
     read, written = row.ids[:at], row.ids[at:]
     assert all(row.trained[at:])
-    assert read == found.tokenizer("12+30=")["input_ids"]
-    expected = found.tokenizer(text_target="42")["input_ids"]
+    assert read == actual.tokenizer("12+30=")["input_ids"]
+    expected = actual.tokenizer(text_target="42")["input_ids"]
     if family == "t5gemma":  # its tokenizer opens a text with the decoder's first token
-        expected = [*expected[1:], found.tokenizer.eos_token_id]
+        expected = [*expected[1:], actual.tokenizer.eos_token_id]
     assert written == expected
-    assert written[-1] == found.tokenizer.eos_token_id
+    assert written[-1] == actual.tokenizer.eos_token_id
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("family", encoders.PAIRS)
 def test_the_loss_of_pairs_is_transformers_own(base, family):
-    found = base(family)
-    render = renderer(found)
+    actual = base(family)
+    render = renderer(actual)
     rows = [render(pair()), render(pair("a longer prompt, 7*8=", "fifty-six"))]
-    batch = Collate(found.tokenizer.pad_token_id, False, False, found.decoder_start)(
+    batch = Collate(actual.tokenizer.pad_token_id, False, False, actual.decoder_start)(
         [(Pick(i, True, 1), [row]) for i, row in enumerate(rows)]
     )
-    model = found.load(torch.float32)
+    model = actual.load(torch.float32)
     labels = batch["labels"][:, 1:].contiguous()
     own = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels)
     summed, sums = CausalLoss(model, 16)(batch)
@@ -171,9 +171,9 @@ def test_the_loss_of_pairs_is_transformers_own(base, family):
 
 
 def test_a_filler_trains_nothing_and_counts_no_token(base):
-    found = base("t5")
-    row = renderer(found)(pair())
-    batch = Collate(0, False, False, found.decoder_start)(
+    actual = base("t5")
+    row = renderer(actual)(pair())
+    batch = Collate(0, False, False, actual.decoder_start)(
         [(Pick(0, True, 3), [row]), (Pick(0, False, 3), [row])]
     )
     assert (batch["labels"][1] == -100).all()
@@ -183,14 +183,14 @@ def test_a_filler_trains_nothing_and_counts_no_token(base):
 
 
 def test_what_an_encoder_decoder_cannot_learn_is_refused_by_name(base):
-    found = base("flan_t5")
+    actual = base("flan_t5")
     with pytest.raises(DataError, match="task=completion trains a text from its first token"):
-        renderer(found, kind="text")
+        renderer(actual, kind="text")
     with pytest.raises(DataError, match=r"task\.train_on=everything trains the prompts too"):
-        renderer(found, train_on="everything")
+        renderer(actual, train_on="everything")
     twice = Conversation([*pair().messages, *pair("1+1=", "2").messages], "here:1")
     with pytest.raises(Refused, match="it has 2 answers, and an encoder-decoder writes one"):
-        renderer(found)(twice)
+        renderer(actual)(twice)
 
 
 CHAT = (
@@ -200,34 +200,34 @@ CHAT = (
 
 
 def test_with_a_chat_template_the_decoder_writes_the_last_answer(base, tmp_path):
-    found, file = base("flan_t5"), tmp_path / "chat.jinja"
+    actual, file = base("flan_t5"), tmp_path / "chat.jinja"
     file.write_text(CHAT)
     twice = Conversation([*pair().messages, *pair("1+1=", "2").messages], "here:1")
-    render = renderer(found, chat_template=str(file), train_on="last")
+    render = renderer(actual, chat_template=str(file), train_on="last")
     row = render(twice)
-    at, decode = row.trained.index(True), found.tokenizer.decode
+    at, decode = row.trained.index(True), actual.tokenizer.decode
     assert decode(row.ids[:at]) == "<user>12+30=</s><assistant>42</s><user>1+1=</s><assistant>"
     assert decode(row.ids[at:]) == "2</s>"
     assert row.ids[:at] == render.prompt(twice)
 
 
 def test_a_long_pair_loses_the_end_of_its_prompt(base):
-    found = base("t5")
-    render, report = renderer(found), Report()
+    actual = base("t5")
+    render, report = renderer(actual), Report()
     row = render(pair("abcdefgh", "42"))
     cut = fit(row, render, 8, "truncate", "here", report)
-    text = found.tokenizer.decode(cut.ids)
+    text = actual.tokenizer.decode(cut.ids)
     assert (text, cut.trained) == ("abcd</s>42</s>", [False] * 5 + [True] * 3)
     assert fit(row, render, 4, "truncate", "here", report) is None
     assert (report.truncated, report.answers_lost) == (1, 1)
 
 
 def test_a_base_that_names_no_start_for_its_decoder_is_refused(base):
-    found = Base(base("t5").path, "auto", "auto", "none", True)
-    found.config.decoder_start_token_id = None
+    actual = Base(base("t5").path, "auto", "auto", "none", True)
+    actual.config.decoder_start_token_id = None
     with pytest.raises(BaseError, match="has no decoder_start_token_id"):
-        found.decoder_start
-    assert Path(found.path).is_dir()
+        actual.decoder_start
+    assert Path(actual.path).is_dir()
 
 
 @pytest.mark.parametrize(
@@ -239,13 +239,13 @@ def test_a_base_that_names_no_start_for_its_decoder_is_refused(base):
     ],
 )
 def test_the_loss_of_a_classifier_is_transformers_own(base, problem, labels, targets):
-    found = base("roberta")
-    render = Renderer(found.tokenizer, Task(kind="label", labels=labels))
+    actual = base("roberta")
+    render = Renderer(actual.tokenizer, Task(kind="label", labels=labels))
     rows = [render(Labelled("ab" * (i + 1), label, "here")) for i, label in enumerate(targets)]
     picks = [(Pick(i, True, 3), [row]) for i, row in enumerate([*rows, rows[0]])]
     picks[-1] = (Pick(0, False, 3), [rows[0]])
-    batch = Collate(found.tokenizer.pad_token_id, False, True)(picks)
-    model = found.load(torch.float32, labels)
+    batch = Collate(actual.tokenizer.pad_token_id, False, True)(picks)
+    model = actual.load(torch.float32, labels)
     model.config.problem_type = problem
     summed, sums = ClassLoss(model)(batch)
     own = model(
@@ -255,9 +255,9 @@ def test_the_loss_of_a_classifier_is_transformers_own(base, problem, labels, tar
     )
     assert int(sums["tokens"]) == 3  # the filler does not count
     torch.testing.assert_close(summed / 3, own.loss)
-    wanted = {"regression": [[0.5], [-2.0], [3.25]], "single_label_classification": [0, 2, 1]}
+    expected = {"regression": [[0.5], [-2.0], [3.25]], "single_label_classification": [0, 2, 1]}
     hot = [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
-    assert batch["classes"][:3].tolist() == wanted.get(problem, hot)
+    assert batch["classes"][:3].tolist() == expected.get(problem, hot)
 
 
 def test_a_base_of_beams_and_forced_tokens_writes_one_greedy_answer(tmp_path, caplog):

@@ -164,13 +164,13 @@ def test_chunks_give_what_full_logits_give(chunk, dtype, tolerance):
     (0.37 * total).backward()
     assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=tolerance)
     assert float(right) == guessed
-    for got, wanted in (
+    for got, expected in (
         (hidden.grad, exact.grad),
         (head.weight.grad, w.grad),
         (head.bias.grad, b.grad),
     ):
         assert got.dtype == dtype
-        assert (got.double() - wanted).abs().max() < tolerance * wanted.abs().max()
+        assert (got.double() - expected).abs().max() < tolerance * expected.abs().max()
     with torch.no_grad():
         again, also_right = chunked_cross_entropy(
             hidden, targets, head, chunk, (head.weight, head.bias)
@@ -203,9 +203,9 @@ def test_whole_tiles_on_a_gpu_give_the_loss_of_all_logits(dtype, tolerance):
     loss, _ = chunked_cross_entropy(hidden, targets, head, positions(vocabulary, "cuda"))
     (grad,) = torch.autograd.grad(loss, hidden)
     exact = hidden.detach().double().requires_grad_()
-    wanted = F.cross_entropy(exact @ head.weight.double().T, targets, reduction="sum")
-    (wanted_grad,) = torch.autograd.grad(wanted, exact)
-    torch.testing.assert_close(loss.double(), wanted, rtol=tolerance, atol=0)
+    expected = F.cross_entropy(exact @ head.weight.double().T, targets, reduction="sum")
+    (wanted_grad,) = torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=0)
     error = (grad.double() - wanted_grad).abs().max()
     assert error < 5 * tolerance * wanted_grad.abs().max()
 
@@ -223,16 +223,16 @@ def test_weights_count_each_loss_as_often_as_they_say(chunk):
     other, again = copy.deepcopy(head), hidden.detach().clone().requires_grad_(True)
     other.zero_grad()
     each = F.cross_entropy(other(again), targets, reduction="none")
-    wanted = sum(weights[t] * each[t] for t in range(10))
-    wanted.backward()
+    expected = sum(weights[t] * each[t] for t in range(10))
+    expected.backward()
     best = (other(again).argmax(-1) == targets).float()
-    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(right, (best * weights).sum())
     for got, exact in ((hidden, again), (head.weight, other.weight), (head.bias, other.bias)):
         torch.testing.assert_close(got.grad, exact.grad)
     with torch.no_grad():
         silent, _ = chunked_cross_entropy(hidden, targets, head, chunk, parameters, weights)
-    torch.testing.assert_close(silent, wanted.detach())
+    torch.testing.assert_close(silent, expected.detach())
 
 
 def test_weights_of_0_and_1_are_a_mask_to_the_bit():
@@ -350,15 +350,15 @@ def test_the_reported_loss_is_exact_over_bfloat16_logits(trains):
     weight = torch.randn(500, 16).bfloat16()
     hidden = torch.randn(150, 16).bfloat16().requires_grad_(trains)
     targets = torch.randint(0, 500, (150,))
-    given = []
+    pieces = []
 
     def head(part: Tensor) -> Tensor:
         logits = part @ weight.T
-        given.append(logits.detach())
+        pieces.append(logits.detach())
         return logits
 
     loss, _ = chunked_cross_entropy(hidden, targets, head, 8)
-    logits = torch.cat(given)
+    logits = torch.cat(pieces)
     assert logits.dtype == torch.bfloat16
     exact = sum(
         float(torch.log(torch.exp(row).sum()) - row[t])
@@ -446,22 +446,22 @@ def test_the_loss_is_transformers_own(name):
         for t in range(labels.shape[1] - 1)
         if labels[i, t + 1] != -100
     )
-    wanted = F.cross_entropy(
+    expected = F.cross_entropy(
         output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
     )
     # their classes compute the loss before they change the logits
     if name not in ("shifted", "masked"):
         own = model(input_ids=here["input_ids"], labels=labels, use_cache=False).loss * tokens
-        assert float(own.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+        assert float(own.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     summed, sums = loss(here)
     assert (
         float(summed.detach())
         == float(sums["loss"])
-        == pytest.approx(float(wanted.detach()), rel=1e-5)
+        == pytest.approx(float(expected.detach()), rel=1e-5)
     )
     assert (int(sums["tokens"]), float(sums["right"])) == (tokens, right)
 
-    wanted_gradients = torch.autograd.grad(wanted, list(model.parameters()))
+    wanted_gradients = torch.autograd.grad(expected, list(model.parameters()))
     summed.backward()
     for got, right_one in zip(gradients(model), wanted_gradients, strict=True):
         assert (got - right_one).abs().max() <= 1e-4 * right_one.abs().max() + 1e-6
@@ -486,15 +486,15 @@ def test_a_lora_on_the_output_layer_is_trained_and_can_be_switched_off():
     loss = CausalLoss(model, 4)
     summed, _ = loss(here)
     summed.backward()
-    found = gradients(model)
+    actual = gradients(model)
     model.zero_grad()
     logits = model(input_ids=here["input_ids"], use_cache=False).logits
     F.cross_entropy(
         logits[:, :-1].flatten(0, 1), here["labels"][:, 1:].flatten(), reduction="sum"
     ).backward()
-    for got, wanted in zip(found, gradients(model), strict=True):
-        assert wanted.abs().max() > 0
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)  # the loss is in fp32
+    for got, expected in zip(actual, gradients(model), strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)  # the loss is in fp32
     with lora().disabled(model), torch.no_grad():
         alone = float(loss(here)[0])
     assert alone == pytest.approx(float(CausalLoss(toys.llama(), 4)(here)[0].detach()), rel=1e-6)
@@ -509,7 +509,7 @@ def test_an_adapter_reads_the_gradient_of_all_the_output_layers_rows_at_once():
     here, read = batch(rows(9), rows(17)), []
     delta.watch = lambda dy, x: read.append(dy.t() @ x)
     (0.5 * CausalLoss(model, 4)(here)[0]).backward()
-    found = [delta.A.grad, delta.B.grad]
+    actual = [delta.A.grad, delta.B.grad]
     assert delta.values.grad is None
 
     weight = model.lm_head.weight.clone().requires_grad_(True)
@@ -523,7 +523,7 @@ def test_an_adapter_reads_the_gradient_of_all_the_output_layers_rows_at_once():
     delta.watch, delta.A.grad, delta.B.grad = None, None, None
     (0.5 * CausalLoss(model, 4)(here)[0]).backward()  # in chunks
     assert delta.values.grad is None
-    for grad, expected in zip([delta.A.grad, delta.B.grad], found, strict=True):
+    for grad, expected in zip([delta.A.grad, delta.B.grad], actual, strict=True):
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -544,11 +544,13 @@ def test_virtual_tokens_shift_no_label(kind):
     assert int(sums["tokens"]) == tokens
     assert float(summed.detach()) == pytest.approx(float(own.detach()) * tokens, rel=1e-5)
     summed.backward()
-    found = gradients(model)
+    actual = gradients(model)
     model.zero_grad()
     (own * tokens).backward()
-    for got, wanted in zip(found, gradients(model), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
+    for got, expected in zip(actual, gradients(model), strict=True):
+        torch.testing.assert_close(
+            got, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())
+        )
     with adapter.disabled(model):
         base = float(CausalLoss(toys.llama(torch.float32), 4)(here)[0].detach())
         assert float(CausalLoss(model, 4)(here)[0].detach()) == pytest.approx(base, rel=1e-6)
@@ -562,7 +564,7 @@ def test_packed_rows_do_not_see_each_other(attention):
     loss = CausalLoss(model, 6)
     summed, sums = loss(batch(apart[:3], apart[3:], packed=True))
     summed.backward()
-    found = gradients(model)
+    actual = gradients(model)
     model.zero_grad()
     total = 0.0
     for row in apart:
@@ -572,8 +574,8 @@ def test_packed_rows_do_not_see_each_other(attention):
     assert float(summed.detach()) == pytest.approx(total, rel=1e-6)
     assert int(sums["tokens"]) == sum(sum(row.trained[1:]) for row in apart)
     # eager takes its softmax in fp32, and the loss is in fp32.
-    for got, wanted in zip(found, gradients(model), strict=True):
-        assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    for got, expected in zip(actual, gradients(model), strict=True):
+        assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
     together, _ = loss(
         {
             key: value
@@ -600,8 +602,8 @@ def test_full_fine_tuning_trains_a_tied_weight_from_both_ends(tied):
     model: Any = Full().attach(toys.llama(tie_word_embeddings=tied), Start())
     here = batch(rows(9), rows(17))
     CausalLoss(model, 4)(here)[0].backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters()}
-    assert ("lm_head.weight" in found) != tied
+    actual = {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert ("lm_head.weight" in actual) != tied
     model.zero_grad()
     logits = model(input_ids=here["input_ids"], use_cache=False).logits
     F.cross_entropy(
@@ -609,7 +611,7 @@ def test_full_fine_tuning_trains_a_tied_weight_from_both_ends(tied):
     ).backward()
     for name, p in model.named_parameters():
         assert p.grad.abs().max() > 0
-        assert (found[name] - p.grad).abs().max() < 1e-5 * p.grad.abs().max(), name
+        assert (actual[name] - p.grad).abs().max() < 1e-5 * p.grad.abs().max(), name
 
 
 def test_a_batch_without_a_trained_token_has_zero_gradients():

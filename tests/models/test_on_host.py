@@ -66,10 +66,10 @@ def test_masks_and_bounds_are_those_that_would_be_computed(packs, monkeypatch):
     places = places.expand_as(batch["labels"])
     expected = own(places)
     with known_rows.of(batch):
-        given = masking_utils.find_packed_sequence_indices(places)
+        indices = masking_utils.find_packed_sequence_indices(places)
     assert masking_utils.find_packed_sequence_indices is own
-    assert (given is None) == (expected is None)
-    assert given is None or torch.equal(given, expected)
+    assert (indices is None) == (expected is None)
+    assert indices is None or torch.equal(indices, expected)
     if positions is not None:
         computed = flash.rows_of(positions)
         monkeypatch.setattr(flash, "rows_of", None)

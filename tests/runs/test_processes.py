@@ -33,7 +33,7 @@ from trainer.training.fsdp import full_tensors
 
 
 class Recorder(lightning.Callback):
-    """What each step's optimiser was given and which rows were in it; the weights and supports
+    """What each step's optimiser was words_of and which rows were in it; the weights and supports
     after the last one."""
 
     def __init__(self) -> None:
@@ -45,11 +45,11 @@ class Recorder(lightning.Callback):
     def on_train_start(self, trainer: Any, module: Any) -> None:
         clip = module.configure_gradient_clipping
 
-        def recorded(*given: Any, **named: Any) -> None:
-            clip(*given, **named)
-            found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        def recorded(*args: Any, **named: Any) -> None:
+            clip(*args, **named)
+            actual = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
             self.gradients.append(
-                {name: grad.detach().clone() for name, grad in full_tensors(found).items()}
+                {name: grad.detach().clone() for name, grad in full_tensors(actual).items()}
             )
 
         module.configure_gradient_clipping = recorded
@@ -63,8 +63,8 @@ class Recorder(lightning.Callback):
         )
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
-        found = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.weights = {name: p.detach().clone() for name, p in full_tensors(found).items()}
+        actual = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.weights = {name: p.detach().clone() for name, p in full_tensors(actual).items()}
         self.buffers = {
             name: b.clone() for name, b in module.named_buffers() if name.endswith("delta.indices")
         }
@@ -184,7 +184,7 @@ MOVED = [
 ONE = ["batch_size=4", "accumulate=2"]  # the step of two processes with batches of 4
 
 
-def given(folder: Path, name: str, settings: list[str]) -> list[str]:
+def words_of(folder: Path, name: str, settings: list[str]) -> list[str]:
     """The settings of a case with the paths of its rows."""
     files = {kind: folder / f"{kind}.jsonl" for kind in ("chats", "texts", "labels", "broken")}
     own = [
@@ -273,7 +273,7 @@ def write_files(folder: Path) -> None:
 
 def together(folder: Path, cases: dict[str, list[str]], processes: int = 2) -> None:
     """Go through cases with several processes."""
-    cases = {name: given(folder, name, settings) for name, settings in cases.items()}
+    cases = {name: words_of(folder, name, settings) for name, settings in cases.items()}
     (folder / "cases.json").write_text(json.dumps(cases))
     spawn(_member, folder, processes)
 
@@ -295,7 +295,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have gone through the cases of the default suite."""
     made = tmp_path_factory.mktemp("processes")
     write_files(made)
-    moved = given(made, "fsdp2 moved", [*MOVED, "max_steps=2"])
+    moved = words_of(made, "fsdp2 moved", [*MOVED, "max_steps=2"])
     start(made / "fsdp2 moved/both", *moved, *ONE)
     on = {"fsdp2 moved": [*MOVED, "max_steps=4", "resume=auto"]}
     together(made, CASES | SHARDED | on | REFUSED)
@@ -315,12 +315,12 @@ def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     )
 
 
-def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+def difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """The largest relative difference of a tensor's norm."""
-    assert found.keys() == wanted.keys()
+    assert actual.keys() == expected.keys()
     far = []
-    for name, tensor in wanted.items():
-        apart, size = (found[name].double() - tensor.double()).norm(), tensor.double().norm()
+    for name, tensor in expected.items():
+        apart, size = (actual[name].double() - tensor.double()).norm(), tensor.double().norm()
         assert torch.isfinite(apart)
         far.append(float(apart / size) if size else float(apart))
     return max(far, default=0.0)
@@ -330,7 +330,7 @@ def compare(folder: Path, name: str, settings: list[str]) -> tuple[float, float]
     """Hold a case of two processes against the same in one; gives the largest relative differences
     of gradients and weights."""
     first, *others = seen(folder, name)
-    alone = start(folder / name / "alone", *given(folder, name, settings), "batch_size=8")
+    alone = start(folder / name / "alone", *words_of(folder, name, settings), "batch_size=8")
     for kind in ("weights", "buffers"):
         assert all(equal(first[kind], other[kind]) for other in others), (
             f"{kind} differ between processes"
@@ -347,9 +347,9 @@ def compare(folder: Path, name: str, settings: list[str]) -> tuple[float, float]
         "rows were lost or repeated"
     )
     assert len(first["rows"]) == len(alone["rows"])
-    for found, wanted in zip(first["rows"], alone["rows"], strict=True):
-        assert found.keys() == wanted.keys()
-        for key, value in wanted.items():
+    for actual, expected in zip(first["rows"], alone["rows"], strict=True):
+        assert actual.keys() == expected.keys()
+        for key, value in expected.items():
             if key not in (
                 "seconds",
                 "answer_seconds",
@@ -361,7 +361,7 @@ def compare(folder: Path, name: str, settings: list[str]) -> tuple[float, float]
                 same = (
                     pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value
                 )
-                assert found[key] == same, (found["kind"], found["step"], key)
+                assert actual[key] == same, (actual["kind"], actual["step"], key)
     assert len(first["gradients"]) == len(alone["gradients"])
     assert any(alone["gradients"])  # a step that only makes a mask has none
     assert alone["weights"]
@@ -388,10 +388,10 @@ def test_one_process_tokenises_for_all(folder):
 
 def test_what_stops_one_process_stops_all_with_its_message(folder):
     for name, message in (("broken", "DataError: "), ("lora again", "UnusableCheckpoint: ")):
-        told = [(folder / f"{name}.{rank}.txt").read_text() for rank in (0, 1)]
-        assert told[0] == told[1]
-        assert told[0].startswith(message)
-    assert "seed: 0 in the run, 1 now" in told[0]
+        texts = [(folder / f"{name}.{rank}.txt").read_text() for rank in (0, 1)]
+        assert texts[0] == texts[1]
+        assert texts[0].startswith(message)
+    assert "seed: 0 in the run, 1 now" in texts[0]
 
 
 def test_a_process_that_does_not_answer_is_told_of(folder):
@@ -401,7 +401,7 @@ def test_a_process_that_does_not_answer_is_told_of(folder):
 
 
 def test_a_run_of_two_processes_resumes_in_one_only_with_the_same_steps(folder):
-    settings = given(folder, "lora", CASES["lora"])
+    settings = words_of(folder, "lora", CASES["lora"])
     with pytest.raises(CheckpointError, match="ranks: 2 in the run, 1 now") as refused:
         start(folder / "lora/both", *settings, "batch_size=4", "resume=auto")
     assert "a step had 16 rows, and would have 8: keep batch_size x" in str(refused.value)
@@ -409,7 +409,7 @@ def test_a_run_of_two_processes_resumes_in_one_only_with_the_same_steps(folder):
 
 def test_a_run_resumes_with_another_number_of_processes(folder, caplog):
     """From one process to two with FSDP2, and back: the run of one process up to rounding."""
-    settings = given(folder, "fsdp2 moved", MOVED)
+    settings = words_of(folder, "fsdp2 moved", MOVED)
     whole = start(folder / "fsdp2 moved/alone", *settings, *ONE, "max_steps=6")
     first, second = seen(folder, "fsdp2 moved")
     assert equal(first["weights"], second["weights"])
@@ -421,9 +421,9 @@ def test_a_run_resumes_with_another_number_of_processes(folder, caplog):
     assert equal(last["buffers"], whole["buffers"])
     assert difference(last["weights"], whole["weights"]) < 1e-4
     recorded = [row["loss"] for row in last["rows"] if row["kind"] == "step"]
-    wanted = [row["loss"] for row in whole["rows"] if row["kind"] == "step"]
-    assert len(wanted) == 6
-    assert recorded == pytest.approx(wanted, rel=1e-4)
+    expected = [row["loss"] for row in whole["rows"] if row["kind"] == "step"]
+    assert len(expected) == 6
+    assert recorded == pytest.approx(expected, rel=1e-4)
 
 
 FSDP2 = "lightning.strategy=fsdp2 lightning.devices=2"
@@ -582,8 +582,8 @@ for _name, _more in REWOUND.items():
 def test_the_wide_cases_are_all_of_conf():
     # native is for bases that bring a head: tests/assembly/test_guarded.py trains it. Uno draws
     # its slots in each process, and PPD its anchors: tests/drafters has their steps.
-    for group, found in (("adapter", ADAPTERS), ("drafter", [*DRAFTERS, "native", "ppd", "uno"])):
-        assert {*found, "none"} == {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
+    for group, actual in (("adapter", ADAPTERS), ("drafter", [*DRAFTERS, "native", "ppd", "uno"])):
+        assert {*actual, "none"} == {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
 
 
 @pytest.fixture(scope="module")

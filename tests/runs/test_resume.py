@@ -57,18 +57,18 @@ TWICE = ("lora with dropout", "accumulation", "adalora")
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_ends_as_uninterrupted(train, chats, monkeypatch, case):
     settings = (f"task.path={chats}", *COMMON, *CASES[case])
-    wanted = outcome(train(*settings, "name=alone"))
+    expected = outcome(train(*settings, "name=alone"))
     for step in (5, 8) if case in TWICE else (8,):
         with monkeypatch.context() as patch:
             cut_at(patch, step)
             with pytest.raises(PowerCut):
                 train(*settings, "name=cut", "resume=auto")
-    found = outcome(train(*settings, "name=cut", "resume=auto"))
-    assert found[1] == wanted[1]
-    assert found[2] == wanted[2]
-    assert found[0].keys() == wanted[0].keys()
-    assert all(torch.equal(found[0][name], wanted[0][name]) for name in wanted[0])
-    assert wanted[1][-1]["loss"] != wanted[1][0]["loss"]
+    actual = outcome(train(*settings, "name=cut", "resume=auto"))
+    assert actual[1] == expected[1]
+    assert actual[2] == expected[2]
+    assert actual[0].keys() == expected[0].keys()
+    assert all(torch.equal(actual[0][name], expected[0][name]) for name in expected[0])
+    assert expected[1][-1]["loss"] != expected[1][0]["loss"]
 
 
 def test_a_stream_goes_on_where_it_stopped(train, chats, monkeypatch):
@@ -79,19 +79,19 @@ def test_a_stream_goes_on_where_it_stopped(train, chats, monkeypatch):
         "task.shuffle_block=16",
         *COMMON,
     )
-    wanted = outcome(train(*settings, "name=alone"))
+    expected = outcome(train(*settings, "name=alone"))
     with monkeypatch.context() as patch:
         cut_at(patch, 7)
         with pytest.raises(PowerCut):
             train(*settings, "name=cut", "resume=auto")
-    found = outcome(train(*settings, "name=cut", "resume=auto"))
-    assert found[1] == wanted[1]
-    assert all(torch.equal(found[0][name], wanted[0][name]) for name in wanted[0])
+    actual = outcome(train(*settings, "name=cut", "resume=auto"))
+    assert actual[1] == expected[1]
+    assert all(torch.equal(actual[0][name], expected[0][name]) for name in expected[0])
 
 
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(train, chats, monkeypatch, caplog):
     settings = (f"task.path={chats}", *COMMON)
-    wanted = outcome(train(*settings, "name=alone"))
+    expected = outcome(train(*settings, "name=alone"))
     with monkeypatch.context() as patch:
         cut_at(patch, 8)
         with pytest.raises(PowerCut):
@@ -99,9 +99,9 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(train, chats, monkeypa
     folder = (chats.parent / "runs" / "cut" / "checkpoints").resolve()
     newest = checkpoints.complete(folder)[-1].path
     newest.write_bytes(newest.read_bytes()[:-100])
-    found = outcome(train(*settings, "name=cut", "resume=auto"))
+    actual = outcome(train(*settings, "name=cut", "resume=auto"))
     assert "is damaged" in caplog.text
-    assert all(torch.equal(found[0][name], wanted[0][name]) for name in wanted[0])
+    assert all(torch.equal(actual[0][name], expected[0][name]) for name in expected[0])
 
 
 @pytest.fixture(scope="module")

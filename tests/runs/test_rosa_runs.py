@@ -59,16 +59,16 @@ def weightless(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_tells_and_leaves_its_mask_and_a_second_takes_it(train, chats):
     settings = (f"task.path={chats}", *ROSA, "schedule=linear", "schedule.warmup=2", NO_CHECKPOINTS)
     run = train(*settings, "name=first")
-    (told,) = rows(run, "adapter")
-    assert told["step"] == 4
-    assert {key for key in told if key not in ("kind", "step")} == {
+    (row,) = rows(run, "adapter")
+    assert row["step"] == 4
+    assert {key for key in row if key not in ("kind", "step")} == {
         "mask_rows",
         "mask_columns",
         "mask_among_largest",
     }
-    assert all(0 < value <= 1 for key, value in told.items() if key.startswith("mask"))
-    found = masks(run)
-    assert len(found) == 14
+    assert all(0 < value <= 1 for key, value in row.items() if key.startswith("mask"))
+    actual = masks(run)
+    assert len(actual) == 14
     # A rise of two steps and a fall of five; after the mask, a rise of two and a fall of one in the
     # three steps that are left.
     assert rates(run) == pytest.approx([1 / 2, 1, 1, 4 / 5, 1 / 2, 1, 1])
@@ -77,9 +77,9 @@ def test_a_run_tells_and_leaves_its_mask_and_a_second_takes_it(train, chats):
     assert len(values) == 14
     assert all(tensor.any() for tensor in values.values())
 
-    for given in ("masks.safetensors", "adapter"):
-        second = train(*settings, f"adapter.mask={run / given}", "name=second", "max_steps=2")
-        assert masks(second) == found
+    for source in ("masks.safetensors", "adapter"):
+        second = train(*settings, f"adapter.mask={run / source}", "name=second", "max_steps=2")
+        assert masks(second) == actual
         assert rates(second) == pytest.approx([1 / 2, 1])
         again = load_file(second / "adapter" / "adapter_model.safetensors")
         for name, tensor in saved.items():
@@ -163,10 +163,10 @@ def test_what_a_mask_without_gradients_is_like_is_told_too(train, chats):
     run = train(
         f"task.path={chats}", *ROSA, NO_CHECKPOINTS, "adapter.mask=magnitude", "max_steps=2"
     )
-    (told,) = rows(run, "adapter")
-    assert told["step"] == 1
-    assert told["mask_among_largest"] == 1
-    assert 0 < told["mask_rows"] <= 1
+    (row,) = rows(run, "adapter")
+    assert row["step"] == 1
+    assert row["mask_among_largest"] == 1
+    assert 0 < row["mask_rows"] <= 1
 
 
 # bad input
@@ -311,13 +311,13 @@ def test_cut_off_in_each_phase_it_ends_as_uninterrupted(train, chats, monkeypatc
             with pytest.raises(PowerCut):
                 train(*settings, "name=cut", "resume=auto")
     cut = train(*settings, "name=cut", "resume=auto")
-    wanted, found = outcome(alone), outcome(cut)
-    assert found[1:] == wanted[1:]
+    expected, actual = outcome(alone), outcome(cut)
+    assert actual[1:] == expected[1:]
     assert rates(alone) == pytest.approx(its_rates)
-    assert [row["step"] for row in found[1] if row["kind"] == "adapter"] == [4]
+    assert [row["step"] for row in actual[1] if row["kind"] == "adapter"] == [4]
     assert masks(cut) == masks(alone)
-    assert found[0].keys() == wanted[0].keys()
-    assert all(torch.equal(found[0][name], wanted[0][name]) for name in wanted[0])
+    assert actual[0].keys() == expected[0].keys()
+    assert all(torch.equal(actual[0][name], expected[0][name]) for name in expected[0])
     for name, indices in masks(alone).items():
-        assert wanted[0][f"{name}.delta.indices"].tolist() == indices
-        assert wanted[0][f"{name}.delta.values"].any()
+        assert expected[0][f"{name}.delta.indices"].tolist() == indices
+        assert expected[0][f"{name}.delta.values"].any()

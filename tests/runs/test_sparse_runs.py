@@ -114,7 +114,7 @@ BROKEN = 6
 
 
 def _rank(rank: int, folder: Path) -> None:
-    found: dict[str, Any] = {"masks": {}, "spiel": []}
+    actual: dict[str, Any] = {"masks": {}, "spiel": []}
 
     for score in ("squared", "mean"):
         torch.manual_seed(rank)  # nothing may depend on what a process draws for itself
@@ -124,7 +124,7 @@ def _rank(rank: int, folder: Path) -> None:
         step(adapter, model, optimizer, 1)
         torch.save(adapter.state(model), folder / f"{score}{rank}.pt")
         step(adapter, model, optimizer, 2)
-        found["masks"][score] = sparse.supports(model)["0"].tolist()
+        actual["masks"][score] = sparse.supports(model)["0"].tolist()
         torch.distributed.barrier()
         # the first process writes a run's checkpoints
         saved = torch.load(folder / f"{score}0.pt", weights_only=True)
@@ -133,7 +133,7 @@ def _rank(rank: int, folder: Path) -> None:
         optimizer = toys.optimiser(adapter, model, lr=0.0)
         adapter.load_state(model, saved)
         step(adapter, model, optimizer, 2)
-        found["masks"][f"{score}, resumed"] = sparse.supports(model)["0"].tolist()
+        actual["masks"][f"{score}, resumed"] = sparse.supports(model)["0"].tolist()
 
     for cut in (None, 1, 2, 8, 9):
         ag = spiel()
@@ -158,7 +158,7 @@ def _rank(rank: int, folder: Path) -> None:
         numbers = {key: state[key].double() for key in ("exp_avg", "exp_avg_sq", "age")} | {
             "value": delta.values.detach().double()
         }
-        found["spiel"].append(
+        actual["spiel"].append(
             (
                 delta.indices.tolist(),
                 {key: tensor.tolist() for key, tensor in numbers.items()},
@@ -171,8 +171,8 @@ def _rank(rank: int, folder: Path) -> None:
     try:
         step(ag, model, ag.optimizer(ag.parameter_groups(model), ADAMW), 1)
     except AdapterError as error:
-        found["one step"] = str(error)
-    torch.save(found, folder / f"found{rank}.pt")
+        actual["one step"] = str(error)
+    torch.save(actual, folder / f"found{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -186,13 +186,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def mask_of(score: str, processes: tuple[int, ...] = (0, 1)) -> list[int]:
     """The mask of two steps, two micro-batches and so many processes, while no weight moves."""
     layer = net()[0]
-    found = [
+    actual = [
         gradient(layer.weight, layer.bias, *rows(done, rank, micro)).detach()
         for done in (1, 2)
         for rank in processes
         for micro in (0, 1)
     ]
-    total = sum(g**2 for g in found) if score == "squared" else sum(found).abs()  # type: ignore[union-attr]
+    total = sum(g**2 for g in actual) if score == "squared" else sum(actual).abs()  # type: ignore[union-attr]
     order = sorted(range(56), key=lambda e: -total.flatten()[e])  # type: ignore[union-attr, return-value]
     return sorted(order[: int(0.2 * 56)])
 
@@ -205,8 +205,8 @@ def test_a_mask_is_of_all_processes_gradients(ranks, score):
 
 @pytest.mark.parametrize("score", ["squared", "mean"])
 def test_a_mask_that_was_cut_off_between_its_steps_is_of_all_processes_too(ranks, score):
-    found = [rank["masks"][f"{score}, resumed"] for rank in ranks]
-    assert found[0] == found[1] == mask_of(score)
+    actual = [rank["masks"][f"{score}, resumed"] for rank in ranks]
+    assert actual[0] == actual[1] == mask_of(score)
 
 
 def reference() -> tuple[dict[int, dict[str, float]], list[dict[str, float] | None]]:
@@ -289,13 +289,13 @@ def test_a_support_moves_by_all_processes_gradients(ranks, number):
     assert news[7] is not None
     assert 0 < news[7]["replaced"] < news[2]["replaced"]
     for rank in ranks:
-        indices, numbers, told = rank["spiel"][number]
+        indices, numbers, logged = rank["spiel"][number]
         assert indices == sorted(entries)
-        for key, found in numbers.items():
-            assert found == pytest.approx([entries[e][key] for e in indices], rel=1e-4, abs=1e-6), (
-                key
-            )
-        assert [row if row is None else pytest.approx(row) for row in news] == told
+        for key, actual in numbers.items():
+            assert actual == pytest.approx(
+                [entries[e][key] for e in indices], rel=1e-4, abs=1e-6
+            ), key
+        assert [row if row is None else pytest.approx(row) for row in news] == logged
     # bit for bit
     assert (
         ranks[0]["spiel"][number][:2] == ranks[1]["spiel"][number][:2] == ranks[0]["spiel"][0][:2]
@@ -314,8 +314,8 @@ def half(monkeypatch: pytest.MonkeyPatch) -> None:
     """precision=16-mixed, which Lightning has for GPUs only, on the CPU."""
     whole = finetuning.make_trainer
 
-    def trainer(*given: Any) -> Any:
-        made = whole(*given)
+    def trainer(*args: Any) -> Any:
+        made = whole(*args)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_factor=8.0, growth_interval=1)
         made.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
         return made
@@ -349,10 +349,10 @@ def test_steps_count_alike_in_a_mask_whatever_their_loss_scales(tmp_path, half, 
         adapter = rosa(density=0.05, dtype="float32", sparse_dtype="float32")
         return sparse.supports(fitted(tmp_path / folder, adapter, "optimizer.lr=1e-9", steps=2))
 
-    found = chosen("half")
+    actual = chosen("half")
     monkeypatch.undo()
-    for name, wanted in chosen("whole").items():
-        assert torch.isin(found[name], wanted).float().mean() > 0.95
+    for name, expected in chosen("whole").items():
+        assert torch.isin(actual[name], expected).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("variant", ["AG", "MA"])
@@ -373,10 +373,13 @@ def test_spiel_trains_in_16_mixed_as_without(tmp_path, half, monkeypatch, varian
             for _, layer in sparse.layers(model)
         ]
 
-    found = trained("half")
+    actual = trained("half")
     monkeypatch.undo()
-    for (delta, state), (wanted, right) in zip(found, trained("whole"), strict=True):
-        both = torch.isin(delta.indices, wanted.indices), torch.isin(wanted.indices, delta.indices)
+    for (delta, state), (expected, right) in zip(actual, trained("whole"), strict=True):
+        both = (
+            torch.isin(delta.indices, expected.indices),
+            torch.isin(expected.indices, delta.indices),
+        )
         assert both[0].float().mean() > 0.9
         for key in right.keys() & {"exp_avg", "exp_avg_sq"}:
             a, b = state[key][both[0]], right[key][both[1]]
@@ -402,8 +405,8 @@ def test_a_gradient_may_be_beyond_fp16(kind, squared):
     allowed = (
         products[0].abs().topk({"exact": 20, "candidates": 12, "first": 3}[kind]).indices.tolist()
     )
-    wanted = sorted(allowed, key=lambda e: -abs(total[e]))[:3]  # type: ignore[index, arg-type]
-    assert scores.support(dy.device).tolist() == sorted(wanted)
+    expected = sorted(allowed, key=lambda e: -abs(total[e]))[:3]  # type: ignore[index, arg-type]
+    assert scores.support(dy.device).tolist() == sorted(expected)
 
 
 # through the real program
@@ -460,9 +463,9 @@ def test_lora_only_through_the_program_is_lora(train, chats):
             ("adapter=rosa", "adapter.density=0.1", "adapter.schedule=lora_only"),
         )
     ]
-    wanted, found = (load_file(run / "adapter" / "adapter_model.safetensors") for run in both)
-    assert found.keys() == wanted.keys()
+    expected, actual = (load_file(run / "adapter" / "adapter_model.safetensors") for run in both)
+    assert actual.keys() == expected.keys()
     assert not (both[1] / "masks.safetensors").exists()
-    for name, tensor in wanted.items():
+    for name, tensor in expected.items():
         assert tensor.any()
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
+        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=1e-4)

@@ -43,7 +43,7 @@ def test_a_candidate_runs_as_a_model_pruned_to_its_shares(by):
     inputs = {}
     hooks = [
         module.register_forward_pre_hook(
-            lambda module, given: inputs.setdefault(module, []).append(given[0].flatten(0, -2))
+            lambda module, args: inputs.setdefault(module, []).append(args[0].flatten(0, -2))
         )
         for layer in layers
         for module in linears_of(layer, SHAPE).values()
@@ -74,8 +74,8 @@ def test_a_candidate_runs_as_a_model_pruned_to_its_shares(by):
     states = list(judge._after([0, 1, 2], judge.layers_of(candidate)))
     for row, state in zip(ROWS, states, strict=True):
         with torch.no_grad():
-            wanted = pruned.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0]
-        torch.testing.assert_close(state, wanted, rtol=1e-5, atol=1e-5)
+            expected = pruned.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0]
+        torch.testing.assert_close(state, expected, rtol=1e-5, atol=1e-5)
     assert judge.of(candidate, [0, 1, 2]) > 0
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)  # put back
@@ -89,7 +89,7 @@ def test_inputs_are_those_of_the_whole_model():
     search_levels.walk(model, layers, ROWS, norms, CPU)
     seen = wanda.InputNorms()
     hook = layers[1].mlp.down_proj.register_forward_pre_hook(
-        lambda _, given: seen.add(given[0].flatten(0, -2))
+        lambda _, args: seen.add(args[0].flatten(0, -2))
     )
     with torch.no_grad():
         for row in ROWS:

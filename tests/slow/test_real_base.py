@@ -87,11 +87,11 @@ def test_the_loss_and_its_gradients_are_those_of_full_logits(base):
     loss, _ = CausalLoss(model, chunk=7)({"input_ids": ids, "labels": labels})
     ours = torch.autograd.grad(loss, list(trained.values()))
     logits = model(input_ids=ids, use_cache=False).logits
-    wanted = F.cross_entropy(
+    expected = F.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
     )
-    theirs = torch.autograd.grad(wanted, list(trained.values()))
-    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    theirs = torch.autograd.grad(expected, list(trained.values()))
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     for name, one, other in zip(trained, ours, theirs, strict=True):
         assert (one - other).norm() <= 1e-4 * other.norm(), name
 
@@ -161,13 +161,13 @@ def test_its_checkpoints_hold_no_base(run):
 
 
 def test_its_exports_answer_as_it_does(run, tmp_path):
-    found = trained_module.load_trained(str(run), fp32=True)
-    rows, _ = padded(found.base.tokenizer, TEXTS)
+    actual = trained_module.load_trained(str(run), fp32=True)
+    rows, _ = padded(actual.base.tokenizer, TEXTS)
     with torch.no_grad():
-        wanted = found.model(input_ids=rows).logits
-    del found
+        expected = actual.model(input_ids=rows).logits
+    del actual
     assert export.main([f"run={run}", "to=merged", f"out={tmp_path / 'merged'}"]) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     with torch.no_grad():
-        assert (merged(input_ids=rows).logits - wanted).abs().max() <= 1e-3 * wanted.std()
+        assert (merged(input_ids=rows).logits - expected).abs().max() <= 1e-3 * expected.std()
     shutil.rmtree(tmp_path / "merged")

@@ -74,7 +74,7 @@ class Cluster:
     def _daemon(self, program: str, *arguments: str, name: str = "") -> None:
         name = name or program
         done = subprocess.run(
-            [found(program) or program, *arguments], capture_output=True, text=True
+            [actual(program) or program, *arguments], capture_output=True, text=True
         )
         if done.returncode:
             raise RuntimeError(f"{program} did not start: {done.stdout}{done.stderr}")
@@ -209,7 +209,7 @@ class Cluster:
         return "\n".join(f"--- {name}\n{text}" for name, text in texts.items())
 
 
-def found(program: str) -> str | None:
+def actual(program: str) -> str | None:
     """Where a program is, daemons included, whose folder is not on everybody's path."""
     return shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")
 
@@ -238,7 +238,7 @@ def _free_ports(count: int) -> list[int]:
 
 def _processes() -> dict[int, tuple[int, str, dict[str, str]]]:
     """pid: (parent, command, environment) of the processes that may be looked at."""
-    found = {}
+    actual = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
@@ -246,22 +246,26 @@ def _processes() -> dict[int, tuple[int, str, dict[str, str]]]:
             words = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        found[int(entry.name)] = (parent, command, dict(word.partition("=")[::2] for word in words))
-    return found
+        actual[int(entry.name)] = (
+            parent,
+            command,
+            dict(word.partition("=")[::2] for word in words),
+        )
+    return actual
 
 
 def _children(pid: int) -> list[int]:
     processes = _processes()
-    found = [pid]
-    for one in found:
-        found += [child for child, (parent, *_) in processes.items() if parent == one]
-    return found[1:]
+    actual = [pid]
+    for one in actual:
+        actual += [child for child, (parent, *_) in processes.items() if parent == one]
+    return actual[1:]
 
 
 def _steps(folder: Path, node: str | None = None) -> list[int]:
     """The slurmstepd of this cluster, of one node or of all: those that hold its files
     open."""
-    found = []
+    actual = []
     for pid, (_, command, _) in _processes().items():
         if not command.startswith("slurmstepd"):
             continue
@@ -272,8 +276,8 @@ def _steps(folder: Path, node: str | None = None) -> list[int]:
         if str(folder) in opened and (
             node is None or f"spool-{node}" in opened or f"slurmd-{node}" in opened
         ):
-            found.append(pid)
-    return found
+            actual.append(pid)
+    return actual
 
 
 def _end(pids: list[int], number: signal.Signals = signal.SIGKILL) -> None:

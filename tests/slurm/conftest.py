@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, sums, write_rows
-from tests.slurm.cluster import PROGRAMS, Cluster, found, wait
+from tests.slurm.cluster import PROGRAMS, Cluster, actual, wait
 
 STEPS = 40
 AT_ONCE = 4  # scenarios
@@ -25,7 +25,7 @@ AT_ONCE = 4  # scenarios
 
 def missing() -> str | None:
     """Why there can be no cluster here."""
-    names = [name for name in PROGRAMS if found(name) is None]
+    names = [name for name in PROGRAMS if actual(name) is None]
     if names:
         packages = "slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins"
         return (
@@ -123,11 +123,11 @@ class Lab:
 
     def ended(self, job: str) -> dict[str, Any]:
         """What SLURM and the run say when all is over."""
-        found = self.cluster.ended(job)
+        actual = self.cluster.ended(job)
         return {
-            "state": found["JobState"],
-            "restarts": int(found["Restarts"]),
-            "exit": found["ExitCode"],
+            "state": actual["JobState"],
+            "restarts": int(actual["Restarts"]),
+            "exit": actual["ExitCode"],
             "job": job,
         }
 

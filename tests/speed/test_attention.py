@@ -65,12 +65,12 @@ def test_attention_is_that_of_loops(kind, kernels, block):
         plans = [attention.causal_plan(T, torch.float64, q.device, block)]
     plans = Plans(plans, flash_pieces.of_mask(mask))
     upstream = torch.randn(B, T, 6, 4, dtype=torch.float64)
-    found = attention.attention(q, k, v, 0.5, plans, kernels)
-    wanted = naive(q, k, v, 0.5, sees)
-    torch.testing.assert_close(found, wanted)
+    actual = attention.attention(q, k, v, 0.5, plans, kernels)
+    expected = naive(q, k, v, 0.5, sees)
+    torch.testing.assert_close(actual, expected)
     for ours, theirs in zip(
-        torch.autograd.grad(found, (q, k, v), upstream),
-        torch.autograd.grad(wanted, (q, k, v), upstream),
+        torch.autograd.grad(actual, (q, k, v), upstream),
+        torch.autograd.grad(expected, (q, k, v), upstream),
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
@@ -103,9 +103,9 @@ def test_gradients_in_bf16_are_as_near_as_those_of_torch(kernels):
         inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
         exact = [x.detach().to(dtype).double().requires_grad_() for x in (q, k, v)]
         grads = torch.autograd.grad(attend(*inputs), inputs, upstream.to(dtype))
-        wanted = torch.autograd.grad(dense(*exact), exact, upstream.to(dtype).double())
+        expected = torch.autograd.grad(dense(*exact), exact, upstream.to(dtype).double())
         return [
-            float((g.double() - w).norm() / w.norm()) for g, w in zip(grads, wanted, strict=True)
+            float((g.double() - w).norm() / w.norm()) for g, w in zip(grads, expected, strict=True)
         ]
 
     def dense(q, k, v):
@@ -118,10 +118,10 @@ def test_gradients_in_bf16_are_as_near_as_those_of_torch(kernels):
         plans = attention.causal(150, torch.float32, q.device)
         return attention.attention(q, k, v, 0.25, plans, kernels)
 
-    for found, theirs in zip(
+    for actual, theirs in zip(
         errors(torch.bfloat16, ours), errors(torch.bfloat16, dense), strict=True
     ):
-        assert found < 1.3 * theirs
+        assert actual < 1.3 * theirs
     assert max(errors(torch.float32, ours)) < 2e-6
 
 
@@ -150,11 +150,11 @@ def test_a_bias_of_the_scores_is_kept():
     mask = bias.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), float("-inf"))[None, None]
     mask = mask.expand(2, 1, T, T)
     several = (x.repeat_interleave(3, 1) for x in (k, v))
-    wanted = nn.functional.scaled_dot_product_attention(q, *several, attn_mask=mask, scale=0.5)
+    expected = nn.functional.scaled_dot_product_attention(q, *several, attn_mask=mask, scale=0.5)
     for pair in PAIRS:
         plans = attention.of_mask(mask, torch.float64, True)
-        found = attention.attention(q, k, v, 0.5, plans, pair)
-        torch.testing.assert_close(found, wanted.transpose(1, 2))
+        actual = attention.attention(q, k, v, 0.5, plans, pair)
+        torch.testing.assert_close(actual, expected.transpose(1, 2))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -164,12 +164,12 @@ def test_a_model_trains_the_same_with_each_kernel(setting, packed):
     plain: Any = toys.llama(torch.float32, vocab_size=97)
     ours = copy.deepcopy(plain)
     fused.fuse(ours, attention_choice.choose(setting, shape, 80))
-    loss, wanted, _ = grads(plain, rows(packed), fused=False)
-    found_loss, found, _ = grads(ours, rows(packed))
+    loss, expected, _ = grads(plain, rows(packed), fused=False)
+    found_loss, actual, _ = grads(ours, rows(packed))
     assert found_loss == pytest.approx(loss, rel=1e-6)
-    for name in wanted:
-        atol = 2e-5 * float(wanted[name].abs().max())
-        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=atol)
+    for name in expected:
+        atol = 2e-5 * float(expected[name].abs().max())
+        torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=atol)
 
 
 def timed(blocks, causal, masked, length=128):
@@ -243,10 +243,10 @@ def test_times_are_measured_once_a_machine(monkeypatch, tmp_path):
 
 def test_measuring_draws_nothing_from_the_runs_generators():
     torch.manual_seed(3)
-    wanted = torch.rand(3)
+    expected = torch.rand(3)
     torch.manual_seed(3)
     attention_choice._measure(Shape(2, 8, "float32", 1), [128])
-    assert torch.equal(torch.rand(3), wanted)
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_record_is_read_back_and_anything_else_is_not(monkeypatch):

@@ -44,16 +44,16 @@ def built(kind: str, dropout: float = 0.0) -> nn.Module:
 
 def batch(B: int, T: int, packed: bool = False) -> dict[str, Any]:
     ids = torch.randint(0, 60, (B, T), generator=torch.Generator().manual_seed(T))
-    found: dict[str, Any] = {"input_ids": ids, "labels": ids.clone()}
+    actual: dict[str, Any] = {"input_ids": ids, "labels": ids.clone()}
     if packed:
-        found["position_ids"] = (torch.arange(T) % 7).expand(B, T)
-    return found
+        actual["position_ids"] = (torch.arange(T) % 7).expand(B, T)
+    return actual
 
 
-def results(model: nn.Module, given: dict[str, Any]) -> dict[str, Tensor]:
+def results(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
     model.zero_grad()
     torch.manual_seed(3)
-    loss, _ = CausalLoss(model, None)(given)
+    loss, _ = CausalLoss(model, None)(batch)
     loss.backward()
     return {"loss": loss.detach()} | {
         n: p.grad for n, p in model.named_parameters() if p.grad is not None
@@ -73,11 +73,14 @@ def parity(kind: str, backend: str) -> None:
         (4, 70, False),
         (2, 130, True),
     ):
-        wanted, found = results(plain, batch(B, T, packed)), results(model, batch(B, T, packed))
-        assert found.keys() == wanted.keys()
-        for name in wanted:
+        expected, actual = results(plain, batch(B, T, packed)), results(model, batch(B, T, packed))
+        assert actual.keys() == expected.keys()
+        for name in expected:
             torch.testing.assert_close(
-                found[name], wanted[name], rtol=1e-4, atol=1e-5 * float(wanted[name].abs().max())
+                actual[name],
+                expected[name],
+                rtol=1e-4,
+                atol=1e-5 * float(expected[name].abs().max()),
             )
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert 0 < graphs[0] <= graphs[1] == graphs[-1]  # lengths are symbols
@@ -124,11 +127,11 @@ def test_a_compiled_run_learns_the_same_and_goes_on_as_the_same(program, chats):
             if row["kind"] == "step"
         ]
 
-    wanted, whole = (
+    expected, whole = (
         losses("plain", "max_steps=5"),
         losses("compiled", "max_steps=5", "compile=true"),
     )
-    torch.testing.assert_close(whole, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-5)
     assert losses("cut", "max_steps=3", "compile=true") == whole[:3]
     assert losses("cut", "max_steps=5", "compile=true", "resume=auto") == whole
 

@@ -28,12 +28,12 @@ def drawn(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) ->
     return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
 
 
-def assert_close(found: Tensor, wanted: Tensor, roundings: float = 1.0) -> None:
+def assert_close(actual: Tensor, expected: Tensor, roundings: float = 1.0) -> None:
     """Within so many roundings of found's dtype, of each number or of the largest in fp32."""
-    unit = roundings * TOLERANCE[found.dtype]
-    wanted = wanted.double()
-    floor = 2e-6 * float(wanted.abs().max())
-    torch.testing.assert_close(found.double(), wanted, rtol=unit, atol=roundings * floor)
+    unit = roundings * TOLERANCE[actual.dtype]
+    expected = expected.double()
+    floor = 2e-6 * float(expected.abs().max())
+    torch.testing.assert_close(actual.double(), expected, rtol=unit, atol=roundings * floor)
 
 
 def exact(function: Any, *tensors: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
@@ -51,10 +51,10 @@ def test_gates_are_the_formula(dtype, shape):
         drawn(*shape, dtype=dtype, seed=1, scale=4.0),
         drawn(*shape, dtype=dtype, seed=2),
     )
-    wanted, slopes, upstream = exact(lambda g, u: g / (1 + (-g).exp()) * u, gate, up)
-    assert_close(elementwise.gated(gate, up), wanted)
-    for found, slope in zip(elementwise.gated_back(upstream, gate, up), slopes, strict=True):
-        assert_close(found, slope)
+    expected, slopes, upstream = exact(lambda g, u: g / (1 + (-g).exp()) * u, gate, up)
+    assert_close(elementwise.gated(gate, up), expected)
+    for actual, slope in zip(elementwise.gated_back(upstream, gate, up), slopes, strict=True):
+        assert_close(actual, slope)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,14 +65,14 @@ def test_norms_are_the_formula(dtype, shape):
     def formula(x: Tensor) -> Tensor:
         return w.double() * x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
 
-    wanted, (slope,), upstream = exact(formula, x)
+    expected, (slope,), upstream = exact(formula, x)
     y, r = elementwise.norm(x, w, 1e-3)
-    assert_close(y, wanted, 2.0)  # rounded twice, as in transformers
-    found = elementwise.norm_back(upstream, x, w, r)
+    assert_close(y, expected, 2.0)  # rounded twice, as in transformers
+    actual = elementwise.norm_back(upstream, x, w, r)
     # what is left of a difference has the rounding of what was subtracted
     scale = float((upstream.double() * w.double()).abs().max() * r.max())
     unit = TOLERANCE[dtype]
-    torch.testing.assert_close(found.double(), slope, rtol=unit, atol=4e-6 * scale)
+    torch.testing.assert_close(actual.double(), slope, rtol=unit, atol=4e-6 * scale)
 
 
 def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -96,8 +96,8 @@ def test_rotations_are_the_formula(dtype, rows, transposed):
     x = x.transpose(1, 2) if transposed else x
     cosine, sine = (drawn(rows, 5, 8, dtype=dtype, seed=seed) for seed in (2, 3))
     both = [angle.double().expand(2, 5, 8) for angle in (cosine, sine)]
-    wanted, (slope,), upstream = exact(lambda x: turned(x, *both), x)
-    assert_close(elementwise.rotated(x, cosine, sine, back=False), wanted)
+    expected, (slope,), upstream = exact(lambda x: turned(x, *both), x)
+    assert_close(elementwise.rotated(x, cosine, sine, back=False), expected)
     assert_close(elementwise.rotated(upstream, cosine, sine, back=True), slope)
 
 
@@ -222,11 +222,11 @@ def test_what_c_does_not_support_is_torchs():
 def test_a_trained_norm_gets_its_gradient():
     x, w = (drawn(5, 24, dtype=torch.float32, seed=seed).requires_grad_() for seed in (1, 2))
     w = w[0].detach().requires_grad_()
-    found = [
+    actual = [
         torch.autograd.grad(fused.rms_norm(x, w, 1e-5, native).square().sum(), (x, w))
         for native in (False, True)
     ]
-    for plain, ours in zip(*found, strict=True):
+    for plain, ours in zip(*actual, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
 
 
@@ -291,9 +291,9 @@ def test_a_model_trains_the_same(trained):
     torch.testing.assert_close(results[0][3], results[1][3], rtol=1e-6, atol=0)
     assert results[0][1] == results[1][1]
     assert results[0][2].keys() == results[1][2].keys()
-    for name, wanted in results[0][2].items():
-        atol = 2e-5 * float(wanted.abs().max())
-        torch.testing.assert_close(results[1][2][name], wanted, rtol=0, atol=atol)
+    for name, expected in results[0][2].items():
+        atol = 2e-5 * float(expected.abs().max())
+        torch.testing.assert_close(results[1][2][name], expected, rtol=0, atol=atol)
 
 
 def test_a_rotation_of_another_formula_is_left_alone():

@@ -118,7 +118,7 @@ b, more = F.quantize_blockwise(x)
 print(q.sum(), F.dequantize_4bit(q, state).double().sum().item())
 print(b.sum(), F.dequantize_blockwise(b, more).double().sum().item())
 """
-    told = []
+    outputs = []
     for plain in ("0", "1"):
         done = subprocess.run(
             [sys.executable, "-c", program],
@@ -128,5 +128,5 @@ print(b.sum(), F.dequantize_blockwise(b, more).double().sum().item())
             env=os.environ | {"GRAFT_PLAIN_IMPORTS": plain},
         )
         assert done.returncode == 0, done.stderr
-        told.append(done.stdout)
-    assert told[0] == told[1]
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1]

@@ -33,9 +33,9 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def assert_rounded(found: Tensor, wanted: Tensor) -> None:
+def assert_rounded(actual: Tensor, expected: Tensor) -> None:
     """Within a rounding to bf16, and fp32's errors of what cancels out."""
-    torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=1e-5)
 
 
 @needs_library
@@ -82,11 +82,11 @@ def test_attention_is_the_formula(shape, kind):
         low = torch.finfo(torch.bfloat16).min
         mask = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill(~seen, low)
     assert few_rows.can_attend(q, k, v, mask)
-    found = few_rows.attended(q, k, v, mask, 0.3)
+    actual = few_rows.attended(q, k, v, mask, 0.3)
     wide = [x.double().repeat_interleave(H // x.shape[1], dim=1) for x in (q, k, v)]
     scores = (0.3 * wide[0] @ wide[1].mT).masked_fill(~seen, -math.inf)
     torch.testing.assert_close(
-        found.double(), (scores.softmax(-1) @ wide[2]).transpose(1, 2), rtol=2**-8, atol=2e-5
+        actual.double(), (scores.softmax(-1) @ wide[2]).transpose(1, 2), rtol=2**-8, atol=2e-5
     )
 
 
@@ -145,10 +145,10 @@ def test_a_model_computes_the_same_while_it_is_quick(model, monkeypatch):
     with quick_passes.quick(model, None):
         with quick_passes.quick(model):
             pass
-        found = model(ids, attention_mask=mask).logits
+        actual = model(ids, attention_mask=mask).logits
     assert (calls.count("product"), calls.count("attended")) == (2 * 7 + 1, 2)
     # no further from fp32 than torch is
-    assert (found - wide).abs().max() < 1.5 * (plain - wide).abs().max()
+    assert (actual - wide).abs().max() < 1.5 * (plain - wide).abs().max()
     calls.clear()
     assert torch.equal(model(ids).logits, plain)
     assert not calls
@@ -246,10 +246,10 @@ def test_layers_compute_the_same_with_a_cache(model, monkeypatch):
     wide = target.model.float() and passes()
     model.bfloat16()
     with quick_passes.quick(model):
-        found = passes()
+        actual = passes()
     # first each layer is tried
     assert [shape[1] for shape in calls] == [3, 3, 3, 3, 5, 5, 1, 1]
-    for ours, torchs, exact in zip(found, plain, wide, strict=True):
+    for ours, torchs, exact in zip(actual, plain, wide, strict=True):
         error, usual = ((one.float() - exact).abs().max() for one in (ours, torchs))
         assert error < 1.5 * usual + 1e-3
 

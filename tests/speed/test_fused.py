@@ -26,10 +26,10 @@ def test_norms_and_gates_by_gradcheck():
         torch.randn(5, dtype=torch.float64, requires_grad=True),
     )
     assert torch.autograd.gradcheck(lambda x, w: fused.rms_norm(x, w, 1e-3), (x, w))
-    wanted = torch.stack(
+    expected = torch.stack(
         [w * row / math.sqrt(float((row * row).mean()) + 1e-3) for row in x.detach()]
     )
-    torch.testing.assert_close(fused.rms_norm(x, w, 1e-3), wanted)
+    torch.testing.assert_close(fused.rms_norm(x, w, 1e-3), expected)
     gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(fused.swiglu, (gate, up))
     torch.testing.assert_close(fused.swiglu(gate, up), gate / (1 + (-gate).exp()) * up)
@@ -96,15 +96,15 @@ def test_a_model_trains_the_same(family, packed):
     assert counts["attention"] == counts["gates"] == len(ours.model.layers)
     assert counts["norms"] >= 2 * len(ours.model.layers) + 1
     assert list(ours.state_dict()) == list(plain.state_dict())
-    loss, wanted, before = grads(plain, rows(packed), fused=False)
-    found_loss, found, after = grads(ours, rows(packed))
+    loss, expected, before = grads(plain, rows(packed), fused=False)
+    found_loss, actual, after = grads(ours, rows(packed))
     assert found_loss == pytest.approx(loss, rel=1e-6)
-    assert found.keys() == wanted.keys()
-    for name in wanted:
+    assert actual.keys() == expected.keys()
+    for name in expected:
         # fp32's rounding is that of the largest numbers in a sum: either gradient is off by 3e-6 of
         # the largest from one in fp64.
-        atol = 2e-5 * float(wanted[name].abs().max())
-        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=atol)
+        atol = 2e-5 * float(expected[name].abs().max())
+        torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=atol)
     assert after < 0.9 * before  # of numbers in fp32 less is saved than of bf16's
 
 
@@ -153,10 +153,10 @@ def test_what_computes_otherwise_is_left_alone():
         GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2, n_positions=32)
     )
     ids = torch.randint(3, 90, (1, 7))
-    wanted = gpt.eval()(ids).logits
+    expected = gpt.eval()(ids).logits
     counts = fused.fuse(gpt)
     assert counts["norms"] == counts["gates"] == 0
-    torch.testing.assert_close(gpt(ids).logits, wanted)
+    torch.testing.assert_close(gpt(ids).logits, expected)
 
 
 def test_attention_dropout_is_transformers_own():
@@ -226,12 +226,12 @@ def test_layers_behind_a_gate_train_the_same(kind, autocast):
     nn.init.normal_(delta.B)
     inputs = [torch.randn(2, 7, 12, requires_grad=True) for _ in range(2)]
     trained = [p for p in layer.parameters() if p.requires_grad]
-    found = []
+    actual = []
     for gated in (fused.swiglu, lambda gate, up: nn.functional.silu(gate) * up):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             out = layer(gated(*inputs))
-        found.append([out, *torch.autograd.grad(out.float().square().sum(), [*inputs, *trained])])
-    for ours, plain in zip(*found, strict=True):
+        actual.append([out, *torch.autograd.grad(out.float().square().sum(), [*inputs, *trained])])
+    for ours, plain in zip(*actual, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
 
 

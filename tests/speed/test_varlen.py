@@ -79,8 +79,8 @@ def test_loss_and_gradients_are_those_of_masked_attention(calls):
     plain, ours = toys.llama(), toys.llama()
     ours.set_attn_implementation(varlen.VARLEN)
     loss, slopes = trained(plain, packed())
-    found, found_slopes = trained(ours, packed())
-    torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
+    actual, found_slopes = trained(ours, packed())
+    torch.testing.assert_close(actual, loss, rtol=1e-5, atol=0)
     for one, other in zip(slopes, found_slopes, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5)
     assert len(calls) == len(ours.model.layers)
@@ -94,8 +94,8 @@ def test_padding_and_caches_are_sdpas(calls):
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0
     for arguments in ({"attention_mask": mask}, {}):
-        wanted, found = (model(ids, **arguments).logits for model in (plain, ours))
-        torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], rtol=1e-4, atol=1e-5)
+        expected, actual = (model(ids, **arguments).logits for model in (plain, ours))
+        torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-5)
     settings: Any = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     assert ours.generate(ids, **settings).equal(plain.generate(ids, **settings))
     assert not calls
@@ -111,9 +111,9 @@ def test_a_window_counts_the_query(calls):
     mask.by_rows = True  # type: ignore[attr-defined]
     options = {"position_ids": positions, "sliding_window": 3}
     module = SimpleNamespace(is_causal=True)
-    found, _ = varlen.varlen_attention_forward(module, query, query, query, mask, **options)
-    wanted = torch.nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=near)
-    torch.testing.assert_close(found, wanted.transpose(1, 2), rtol=1e-5, atol=1e-6)
+    actual, _ = varlen.varlen_attention_forward(module, query, query, query, mask, **options)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=near)
+    torch.testing.assert_close(actual, expected.transpose(1, 2), rtol=1e-5, atol=1e-6)
     assert calls[0]["window"] == (2, 0)
 
 
@@ -163,7 +163,7 @@ def test_on_a_gpu_rows_are_kept_apart():
     if not varlen.use_varlen(ours, torch.device("cuda"), torch.bfloat16):
         pytest.skip("this torch or GPU has no varlen attention")
     loss, slopes = trained(plain, packed("cuda"))
-    found, found_slopes = trained(ours, packed("cuda"))
-    torch.testing.assert_close(found, loss, rtol=1e-2, atol=0)
+    actual, found_slopes = trained(ours, packed("cuda"))
+    torch.testing.assert_close(actual, loss, rtol=1e-2, atol=0)
     for one, other in zip(slopes, found_slopes, strict=True):
         torch.testing.assert_close(other, one, rtol=0, atol=0.05 * float(one.abs().max()))

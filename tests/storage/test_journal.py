@@ -24,15 +24,15 @@ class Dashboard:
     name = "a dashboard"
 
     def __init__(self, failing=()):
-        self.told, self.failing = [], failing
+        self.sent, self.failing = [], failing
 
     def log(self, kind, step, tokens, values):
-        self.told.append((kind, step, tokens, values))
+        self.sent.append((kind, step, tokens, values))
         if kind in self.failing:
             raise OSError("no space left\nanywhere")
 
     def log_samples(self, step, samples):
-        self.told.append(("samples", step, samples))
+        self.sent.append(("samples", step, samples))
         if "samples" in self.failing:
             raise RuntimeError
 
@@ -144,7 +144,7 @@ def test_other_ranks_write_nothing(tmp_path):
     built.write_samples(1, [{"where": "a:1"}])
     built.write_csv()
     assert list(tmp_path.iterdir()) == []
-    assert dashboard.told == []
+    assert dashboard.sent == []
     assert built.last == {"loss": 2.0}  # what the progress bar shows
 
 
@@ -156,12 +156,12 @@ def test_dashboards_get_every_row_with_the_tokens_until_then(tmp_path):
     built.write("step", 7, {"loss": 2.0})
     built.write_samples(7, [{"answer": "a"}])
     built.write_samples(8, [])
-    assert first.told == [
+    assert first.sent == [
         ("evaluation", 0, None, {"loss": 3.0}),
         ("step", 7, 9, {"loss": 2.0}),
         ("samples", 7, [{"answer": "a"}]),
     ]
-    assert second.told == first.told
+    assert second.sent == first.sent
 
 
 def test_a_dashboard_that_fails_is_told_of_once_and_costs_no_row(tmp_path, caplog):
@@ -171,7 +171,7 @@ def test_a_dashboard_that_fails_is_told_of_once_and_costs_no_row(tmp_path, caplo
         built.write("step", step, {"loss": 1.0})
     built.write_samples(3, [{"answer": "a"}])
     built.write("evaluation", 3, {"loss": 1.0})
-    assert bad.told == good.told
+    assert bad.sent == good.sent
     assert steps(built.rows()) == [("step", 0), ("step", 1), ("step", 2), ("evaluation", 3)]
     assert [record.message for record in caplog.records] == [
         f"a dashboard: no space left. The run continues; {built.metrics} holds everything that it"

@@ -19,7 +19,7 @@ COMMON = ["base=tiny", "lightning=cpu"]
 def study(tmp_path, methods, parameters, **changes):
     rows = write_rows(tmp_path / "rows.jsonl", sums(20))
     data = {"sums": Data(["task=sft", f"task.path={rows}", "task.eval_fraction=0.2"], [], 0, 8, 8)}
-    made = {name: Method(words, 0.5, solve, [1e-3]) for name, (words, solve) in methods.items()}
+    made = {name: Method(words, None, solve, [1e-3]) for name, (words, solve) in methods.items()}
     first = next(iter(made))
     known = {"data": data, "methods": made, "parameters": parameters, "overrides": COMMON}
     return make(tmp_path, **known | {"baseline": first} | changes)
@@ -86,6 +86,22 @@ def test_what_cannot_be_met_is_reported_by_method(tmp_path, words, parameters, m
         budget.solve(
             study(tmp_path, {"lora": (["adapter=lora"], False), "mine": (words, True)}, parameters)
         )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("words", "solve", "message"),
+    [
+        ("lora", True, "share=0.3 divides .* and it has only adapter.rank: leave share out"),
+        ("sparse", True, "share=0.3 divides .* and it has only adapter.density: leave share out"),
+        ("rosa", False, "share=0.3 is for methods whose size is solved for parameters: leave it"),
+    ],
+)
+def test_a_share_without_two_parts_to_solve_is_refused(tmp_path, words, solve, message):
+    whole = study(tmp_path, {"mine": ([f"adapter={words}"], solve)}, 4000)
+    method = replace(whole.methods["mine"], share=0.3)
+    with pytest.raises(ConfigError, match=message):
+        budget.solve(replace(whole, methods={"mine": method}))
 
 
 @pytest.mark.long

@@ -58,6 +58,7 @@ def test_a_file_is_read_with_its_defaults_and_the_command_lines_changes(tmp_path
         ({"methods": {"a-b": []}}, "methods.a-b: a name has letters"),
         ({"methods": {"a": 3}}, "methods.a is 3, expected a list of settings"),
         ({"methods": {"a": {"share": 1}}}, "methods.a.share is 1, expected above 0 and below 1"),
+        ({"methods": {"a": {"share": "x"}}}, "methods.a.share is 'x', expected float or int"),
         ({"methods": {"a": ["adapter"]}}, "methods.a has 'adapter', expected KEY=VALUE"),
         ({"methods": {"a": ["seed=1"]}}, "methods.a has seed=1: the study sets seed in each run"),
         ({"overrides": ["optimizer.lr=1"]}, "the study sets optimizer.lr in each run"),

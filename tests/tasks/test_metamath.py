@@ -29,7 +29,7 @@ def test_rows_of_both_data_sets_become_the_boards_prompt(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "actual"),
     [
         ("It is 4. The answer is: 4", "4"),
         ("The answer is: 3. No, the answer follows. The answer is: 5.", "5"),
@@ -40,8 +40,8 @@ def test_rows_of_both_data_sets_become_the_boards_prompt(tmp_path):
         ("no result", None),
     ],
 )
-def test_the_result_is_what_follows_the_last_mark(text, found):
-    assert answer_of(text) == found
+def test_the_result_is_what_follows_the_last_mark(text, actual):
+    assert answer_of(text) == actual
 
 
 def test_numbers_and_fractions_are_compared_by_value():

@@ -102,8 +102,8 @@ def logits(model: Any, ids: Tensor = IDS) -> Tensor:
 
 def loss(model: Any, ids: Tensor = IDS) -> Tensor:
     """Mean next-token loss."""
-    found = model(input_ids=ids, use_cache=False).logits[:, -ids.shape[1] :]
-    return F.cross_entropy(found[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    actual = model(input_ids=ids, use_cache=False).logits[:, -ids.shape[1] :]
+    return F.cross_entropy(actual[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 def batches() -> Iterator[dict[str, Tensor]]:

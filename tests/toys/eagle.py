@@ -160,13 +160,13 @@ def weights_of(drafter):
 
 def by_row(packs, tensor):
     """The parts of a (B, T, ..) tensor in the order of ROWS."""
-    found = [None] * len(ROWS)
+    actual = [None] * len(ROWS)
     for i, pack in enumerate(packs):
         at = 0
         for row in pack:
-            found[ROWS.index(row)] = tensor[i, at : at + len(row[0])]
+            actual[ROWS.index(row)] = tensor[i, at : at + len(row[0])]
             at += len(row[0])
-    return found
+    return actual
 
 
 def news_of(hidden, features, ids, start, end):
@@ -194,9 +194,9 @@ def drafts_as_it_trains(drafter, model, features=0):
     memory = drafter.start(target)
     for start, end in ((0, 3), (3, 4), (4, known)):
         tree = drafter.grow(memory, target, news_of(hidden, more, ids, start, end))
-        found, paths, number = [tree.first()], [[]], 0
+        actual, paths, number = [tree.first()], [[]], 0
         for parents, tokens in TREE:
-            found += list(tree.extend(torch.tensor(tokens), torch.tensor(parents)))
+            actual += list(tree.extend(torch.tensor(tokens), torch.tensor(parents)))
             paths += [
                 [*paths[parent + 1], token] for parent, token in zip(parents, tokens, strict=True)
             ]
@@ -206,13 +206,13 @@ def drafts_as_it_trains(drafter, model, features=0):
     again = drafter.grow(fresh, target, news_of(hidden, more, ids, 0, known))
     torch.testing.assert_close(memory.keys, fresh.keys, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(memory.values, fresh.values, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(again.first(), found[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again.first(), actual[0], rtol=1e-4, atol=1e-4)
     assert tree.branches
     assert tree.depth == drafter.depth
 
     apart = 0.0
     head = drafter.draft_heads(target)[0]
-    for path, logits in zip(paths, found, strict=True):
+    for path, logits in zip(paths, actual, strict=True):
         row = torch.cat([ids, torch.tensor(path, dtype=torch.long)])[None]
         # what comes after the last known state is not looked at
         later = torch.full((len(path) + 1, SIZE + features), 100.0)
@@ -228,5 +228,5 @@ def drafts_as_it_trains(drafter, model, features=0):
         )
         trained = head(list(drafter.states(output, target))[len(path)][0, known - 1 : known])[0]
         torch.testing.assert_close(logits, trained, rtol=1e-4, atol=1e-4)
-        apart = max(apart, float((logits - found[0]).abs().max()))
+        apart = max(apart, float((logits - actual[0]).abs().max()))
     assert apart > 0.1

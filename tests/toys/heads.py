@@ -98,13 +98,13 @@ def hidden_states():
 
 def by_row(packs, tensor):
     """The parts of a (B, T, ..) tensor in the order of ROWS."""
-    found = [None] * len(ROWS)
+    actual = [None] * len(ROWS)
     for i, pack in enumerate(packs):
         at = 0
         for row in pack:
-            found[ROWS.index(row)] = tensor[i, at : at + len(row[0])]
+            actual[ROWS.index(row)] = tensor[i, at : at + len(row[0])]
             at += len(row[0])
-    return found
+    return actual
 
 
 # the reference: one row, one position at a time

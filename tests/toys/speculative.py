@@ -84,14 +84,14 @@ def made(name, model, *changes):
     return drafter
 
 
-def p_value(found, wanted):
+def p_value(actual, reference):
     """Of Pearson's χ², texts expected less than five times taken together. 0 where a text came that
     cannot be."""
-    if found[wanted == 0].sum() > 0:
+    if actual[reference == 0].sum() > 0:
         return 0.0
-    expected = wanted * found.sum()
+    expected = reference * actual.sum()
     often = expected >= 5
-    a = torch.cat([found[often], found[~often].sum().view(1)])
+    a = torch.cat([actual[often], actual[~often].sum().view(1)])
     b = torch.cat([expected[often], expected[~often].sum().view(1)])
     a, b = a[b > 0], b[b > 0]
     return float(

@@ -402,7 +402,7 @@ def test_runs_that_are_no_target_are_refused(compose, tmp_path):
     assert "it has no run.yaml" in message(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "run.yaml").write_text("a: 1")
-    assert "is not a run's record: KeyError: 'config'" in message(tmp_path / "empty")
+    assert "is not a run's record: it lacks 'config'" in message(tmp_path / "empty")
     assert "trained a classifier" in message(
         record(tmp_path / "classifier", identity__labels=["a", "b"])
     )

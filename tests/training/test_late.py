@@ -54,8 +54,8 @@ def runs(train, chats, monkeypatch):
                     loss = loss * value
                 return loss
 
-            def optimizer_step(self: Any, *given: Any, **more: Any) -> None:
-                after(self, *given, **more)
+            def optimizer_step(self: Any, *args: Any, **more: Any) -> None:
+                after(self, *args, **more)
                 left.extend([] if self.unread is None else [self.unread.step])
 
             patch.setattr(FineTune, "training_step", step)
@@ -180,8 +180,8 @@ def test_an_error_in_a_step_leaves_the_rows_before_it(runs, chats, monkeypatch):
     monkeypatch.setattr(FineTune, "on_train_batch_start", fail)
     with pytest.raises(KeyError):
         runs(True, "name=broken")
-    found = rows(chats.parent / "runs" / "broken")
-    assert [row["step"] for row in found if row["kind"] == "step"] == [1, 2, 3]
+    actual = rows(chats.parent / "runs" / "broken")
+    assert [row["step"] for row in actual if row["kind"] == "step"] == [1, 2, 3]
 
 
 class Other(RoSAAdapter):

@@ -202,13 +202,13 @@ def test_other_errors_are_not_caught(tmp_path, monkeypatch):
 def test_parts_are_the_rows_in_their_order(rows):
     items = [(Pick(at, True, 7), [row]) for at, row in enumerate(table(5))]
     batch = Collate(0, False, False, weighted=True)(items)
-    found = list(parts(batch, rows))
-    assert sum(share for _, share in found) == pytest.approx(1)
-    assert max(len(part["input_ids"]) for part, _ in found) == min(rows or 5, 5)
-    assert sum(part["tokens"] for part, _ in found) == batch["tokens"]
-    assert [at for part, _ in found for at in part["sequences"]] == batch["sequences"]
+    actual = list(parts(batch, rows))
+    assert sum(share for _, share in actual) == pytest.approx(1)
+    assert max(len(part["input_ids"]) for part, _ in actual) == min(rows or 5, 5)
+    assert sum(part["tokens"] for part, _ in actual) == batch["tokens"]
+    assert [at for part, _ in actual for at in part["sequences"]] == batch["sequences"]
     for key in ("input_ids", "labels", "lengths", "weights"):
-        assert torch.equal(torch.cat([part[key] for part, _ in found]), batch[key])
-    assert all(part["window_tokens"] == 7 for part, _ in found)
-    for part, _ in found if len(found) > 1 else ():  # what is of the whole batch would be wrong
+        assert torch.equal(torch.cat([part[key] for part, _ in actual]), batch[key])
+    assert all(part["window_tokens"] == 7 for part, _ in actual)
+    for part, _ in actual if len(actual) > 1 else ():  # what is of the whole batch would be wrong
         assert not part.keys() & {"supervised", "host"}

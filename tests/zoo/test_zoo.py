@@ -89,11 +89,11 @@ def test_an_outcome_tells_a_refusal_from_a_fault(tmp_path):
         raise RuntimeError("a traceback")
 
     place = families.Place(families.every()["llama"], "base", tmp_path / "rows", tmp_path)
-    found = [
+    actual = [
         running._outcome(check, place, "x", None)["outcome"]
         for check in (refused, fault, late, lambda _: "fine")
     ]
-    assert found == ["refused", "failed", "failed", "ok"]  # a refusal after training is a fault
+    assert actual == ["refused", "failed", "failed", "ok"]  # a refusal after training is a fault
 
 
 @pytest.mark.slow

@@ -146,8 +146,10 @@ def _values(kind: Any, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
                 values[field.name] = _checked(value, hints[field.name], field.metadata)
             except ValueError as error:
                 faults.append(f"{word}: {error}")
-        elif takers:
+        elif takers and (option := _misspelt(key, known)) is None:
             values[takers[0].name] = (*values.get(takers[0].name, ()), word)
+        elif takers:
+            faults.append(f"{word}: there is no such option or setting. Did you mean {option}?")
         else:
             faults.append(f"{word}: there is no such option. {_nearest(key, known, rests)}")
     keys = {word.partition("=")[0] for word in argv}
@@ -157,6 +159,17 @@ def _values(kind: Any, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     taken = {key for key in keys if any(field.metadata["takes"](key) for field in rests)}
     misspelt = keys - {*known} - taken
     return values, faults if misspelt else faults + missing
+
+
+def _misspelt(key: str, known: dict[str, Any]) -> str | None:
+    """Return the option that is meant by what would otherwise be a setting, but is none."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    if not close or not key.isidentifier():
+        return None
+    from trainer.config.overrides import settings
+
+    near = difflib.get_close_matches(key, [close[0], *sorted(settings())], n=1)
+    return close[0] if key not in settings() and near == close else None
 
 
 def _nearest(key: str, known: dict[str, Any], rests: list[Any]) -> str:

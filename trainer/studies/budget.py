@@ -159,6 +159,11 @@ def _method(study: Study, name: str, data: Data) -> tuple[list[str], int | None]
 
     budget, settings = study.parameters, study.methods[name]
     if budget is None or not settings.solve:
+        if settings.share is not None and not settings.solve:
+            raise ConfigError(
+                f"share={settings.share:g} is for methods whose size is solved for parameters:"
+                " leave it out"
+            )
         try:
             return [], count([])
         except NeedsWeights:
@@ -182,7 +187,7 @@ def _solve(
     adapter: dict[str, Any],
     count: Callable[[list[str]], int],
     budget: int,
-    share: float,
+    share: float | None,
     name: str,
 ) -> tuple[list[str], int]:
     """Return the overrides of rank and density, and the count."""
@@ -196,9 +201,14 @@ def _solve(
             f"it has neither rank nor density to solve for parameters={budget:,}: set"
             f" methods.{name}.solve=false"
         )
+    if share is not None and (rank is None or dense is None):
+        raise ConfigError(
+            f"share={share:g} divides parameters between a low rank and a sparse"
+            f" part, and it has only {rank or dense}: leave share out"
+        )
     words: list[str] = []
     if rank is not None:
-        low = budget if dense is None else round(share * budget)
+        low = budget if dense is None else round((0.5 if share is None else share) * budget)
         # of rank alone: the smallest density is as good as none
         tiny = [f"{DENSITY}=1e-9"] if dense is not None else []
         only = [f"{key}={value}" for key, value in (("adapter.schedule", "lora_only"),) if tiny]

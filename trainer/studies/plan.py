@@ -59,7 +59,11 @@ DATA_KEYS: dict[str, tuple[tuple[type, ...], Any, str]] = {
 }
 METHOD_KEYS: dict[str, tuple[tuple[type, ...], Any, str]] = {
     "overrides": ((list,), [], "settings of the method"),
-    "share": ((float, int), 0.5, "of the parameters that are of low rank, of methods with both"),
+    "share": (
+        (float, int, type(None)),
+        None,
+        "of the parameters that are of low rank, of methods with both; null: a half",
+    ),
     "solve": ((bool,), True, "whether its rank or density is solved for `parameters`"),
     "rates": ((list, type(None)), None, "its own rates"),
 }
@@ -87,7 +91,7 @@ class Method:
     """A method of a study."""
 
     overrides: list[str]
-    share: float
+    share: float | None  # of the parameters that are of low rank; a half for None
     solve: bool
     rates: list[float]
 
@@ -248,8 +252,9 @@ def _value_faults(content: dict[str, Any]) -> Iterator[str]:
         for rate in rates:
             if isinstance(rate, bool) or not _is_rate(rate):
                 yield f"methods.{name}: the rate {rate!r} is no number above 0"
-        if isinstance(node, dict) and not 0 < node.get("share", 0.5) < 1:
-            yield f"methods.{name}.share is {node['share']}, expected above 0 and below 1"
+        share = node.get("share") if isinstance(node, dict) else None
+        if share is not None and not 0 < share < 1:
+            yield f"methods.{name}.share is {share}, expected above 0 and below 1"
     yield from _word_faults(content)
 
 
@@ -298,4 +303,5 @@ def _method(node: Any, words: Any, rates: list[float]) -> Method:
     node = {"overrides": node} if isinstance(node, list) else node
     full = {key: node.get(key, default) for key, (_, default, _) in METHOD_KEYS.items()}
     own = [float(rate) for rate in full["rates"]] if full["rates"] else rates
-    return Method(words(full["overrides"]), float(full["share"]), full["solve"], sorted(set(own)))
+    share = None if full["share"] is None else float(full["share"])
+    return Method(words(full["overrides"]), share, full["solve"], sorted(set(own)))

@@ -17,13 +17,13 @@ config = SpeculatorModelConfig.from_pretrained(folder)
 # its default needs blocks of 128 tokens
 config.transformer_layer_config._attn_implementation = "eager"
 model = SpeculatorModel.from_pretrained(folder, config=config).float().eval()
-found = {}
+actual = {}
 
 
 def measure(logits, targets, confidence, *_, **__):
-    found["logits"] = logits.view(int(anchors), config.block_size, -1)
+    actual["logits"] = logits.view(int(anchors), config.block_size, -1)
     if confidence is not None:
-        found["confidence"] = confidence.view(int(anchors), config.block_size).sigmoid()
+        actual["confidence"] = confidence.view(int(anchors), config.block_size).sigmoid()
     return torch.zeros(()), {}
 
 
@@ -45,5 +45,5 @@ with torch.no_grad():
     )
 for name, tensor in model.state_dict().items():
     if not name.startswith(("verifier_", "embed_tokens", "lm_head")):
-        found[f"weights.{name}"] = tensor
-save_file({name: tensor.clone().contiguous() for name, tensor in found.items()}, out)
+        actual[f"weights.{name}"] = tensor
+save_file({name: tensor.clone().contiguous() for name, tensor in actual.items()}, out)

@@ -25,13 +25,13 @@ length = ids.shape[1]
 at = torch.cat([torch.arange(length), *[torch.arange(anchors)] * (tokens - 1)])
 depth = torch.cat([torch.zeros(length).long(), torch.arange(1, tokens).repeat_interleave(anchors)])
 core.generate_cod_sample_indices = lambda **_: (at, depth)
-found = {}
+actual = {}
 
 
 def measure(logits, **_):
     first = logits[0, :anchors]
     more = logits[0, length:].view(tokens - 1, anchors, -1)
-    found["logits"] = torch.cat([first[None], more]).transpose(0, 1)
+    actual["logits"] = torch.cat([first[None], more]).transpose(0, 1)
     return torch.zeros(()), {}
 
 
@@ -48,5 +48,5 @@ with torch.no_grad():
     )
 for name, tensor in model.state_dict().items():
     if not name.startswith("verifier_"):
-        found[f"weights.{name}"] = tensor
-save_file({name: tensor.clone().contiguous() for name, tensor in found.items()}, out)
+        actual[f"weights.{name}"] = tensor
+save_file({name: tensor.clone().contiguous() for name, tensor in actual.items()}, out)
