@@ -24,10 +24,12 @@ from trainer.config.errors import ConfigError
 from trainer.config.limits import load_yaml
 from trainer.config.shown import say
 from trainer.storage import atomic, checkpoints, journal
+from trainer.studies import progress
 from trainer.studies.pieces import UNTESTED, Piece, Results, missing
 from trainer.studies.plan import Study
 
 WAIT = 0.5  # seconds between two looks at a run that still has a process
+REPORT = 300  # seconds between lines about the runs, while none ends
 TAIL = 2000  # characters of a failed run's log that its result keeps
 
 
@@ -61,7 +63,12 @@ class Runner:
                         running[pool.submit(self.piece, piece, before)] = piece.key
                 if not running:
                     return
-                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                ended = wait(running, REPORT, return_when=FIRST_COMPLETED).done
+                if not ended:
+                    say(
+                        progress.line(self.study.folder, running.values(), len(results)), flush=True
+                    )
+                for done in ended:
                     key = running.pop(done)
                     if self.stopping:
                         continue
@@ -80,6 +87,7 @@ class Runner:
         gpu = self.free_gpus.pop() if self.free_gpus else None
         log = folder / "logs" / f"{piece.key}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
+        say(f"{piece.key}: {'testing' if before else 'started'}, its log is {log}", flush=True)
         result: dict[str, Any] = {"piece": asdict(piece), "words": words, "log": str(log)}
         if not piece.searches:
             result["tests"] = piece.tests(self.study)
