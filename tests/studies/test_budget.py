@@ -95,10 +95,12 @@ def test_what_cannot_be_met_is_reported_by_method(tmp_path, words, parameters, m
         ("lora", True, "share=0.3 divides .* and it has only adapter.rank: leave share out"),
         ("sparse", True, "share=0.3 divides .* and it has only adapter.density: leave share out"),
         ("rosa", False, "share=0.3 is for methods whose size is solved for parameters: leave it"),
+        ("rosa", None, "share=0.3 is for methods whose size is solved for parameters: leave it"),
     ],
 )
 def test_a_share_without_two_parts_to_solve_is_refused(tmp_path, words, solve, message):
-    whole = study(tmp_path, {"mine": ([f"adapter={words}"], solve)}, 4000)
+    parameters = None if solve is None else 4000
+    whole = study(tmp_path, {"mine": ([f"adapter={words}"], solve is not False)}, parameters)
     method = replace(whole.methods["mine"], share=0.3)
     with pytest.raises(ConfigError, match=message):
         budget.solve(replace(whole, methods={"mine": method}))

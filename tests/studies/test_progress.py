@@ -27,7 +27,11 @@ def test_a_run_is_described_by_its_files(tmp_path):
     write(run, [150], total=None)
     assert progress.position(run) == "step 150"
     write(run, [599, 600])
-    assert progress.position(run) == "trained, in its evaluation"
+    assert progress.position(run) == "step 600, in its evaluation"
+    write(run, [150])
+    with (run / "metrics.jsonl").open("a") as file:  # of max_time
+        file.write(json.dumps({"kind": "evaluation", "step": 150, "loss": 1.0, "seconds": 3.0}))
+    assert progress.position(run) == "step 150, in its evaluation"
 
 
 def test_a_study_says_where_its_runs_are(tmp_path, monkeypatch, capsys):

@@ -156,13 +156,14 @@ def _values(kind: Any, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     required = [f for f in known.values() if f.default is dataclasses.MISSING]
     missing = [f"missing: {_shown(f)}" for f in required if _key(f) not in keys]
     # A misspelt option is often the missing one: report the misspelling alone.
-    taken = {key for key in keys if any(field.metadata["takes"](key) for field in rests)}
+    taken = {key for field in rests for key in keys if field.metadata["takes"](key)}
+    taken = {key for key in taken if _misspelt(key, known) is None}
     misspelt = keys - {*known} - taken
     return values, faults if misspelt else faults + missing
 
 
 def _misspelt(key: str, known: dict[str, Any]) -> str | None:
-    """Return the option that is meant by what would otherwise be a setting, but is none."""
+    """Return the option that a key resembles, if the key is no setting."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
     if not close or not key.isidentifier():
         return None

@@ -16,6 +16,8 @@ from trainer.drafters import DrafterError, Target
 from trainer.drafters.passes import inner_model
 from trainer.speed import few_rows
 
+Cast = Sequence[tuple[Tensor, Tensor] | None]
+
 
 class RowLoRA(nn.Module):
     """LoRA's A and B, in fp32, for linear layers of a target. They are added in `on` alone. An
@@ -36,20 +38,38 @@ class RowLoRA(nn.Module):
         self.loras = nn.ModuleList(
             LoRA(linear, rank, scale, 0.0, torch.float32) for _, linear in linears
         )
-        self._low: list[tuple[Tensor, Tensor]] = []  # few_rows.low_rank of each
-        self._of: list[tuple[int, int]] = []  # the versions of A and B that these are made of
+
+    @torch.no_grad()
+    def cast(self, target: Target) -> Cast:
+        """Return A and B of each layer as few_rows computes them, or None where it cannot: not in
+        bf16, or not on a CPU. Decoding makes them once for a text, since casting takes as long as a
+        pass does. Training changes A and B, which their versions may not show (fused AdamW)."""
+        if few_rows.library() is None:
+            return [None] * len(self.names)
+        layers = self._layers(target)
+        loras: list[Any] = list(self.loras)
+        return [
+            few_rows.low_rank(lora.A, lora.B, lora.scale) if few_rows.is_product(layer) else None
+            for layer, lora in zip(layers, loras, strict=True)
+        ]
+
+    def _layers(self, target: Target) -> list[Any]:
+        model: Any = inner_model(target.model)
+        return [model.get_submodule(name) for name in self.names]
 
     @contextlib.contextmanager
-    def on(self, target: Target, rows: int, last: int) -> Iterator[None]:
-        """While open, add the LoRA to the `last` of the `rows` positions of a pass.
+    def on(self, target: Target, rows: int, last: int, cast: Cast | None = None) -> Iterator[None]:
+        """While open, add the LoRA to the `last` of the `rows` positions of a pass, of which those
+        before have none. `cast` has what `cast` returned, for passes without gradients.
 
         Raises:
             DrafterError: a layer was not called, or not with all rows.
         """
-        model: Any = inner_model(target.model)
-        layers = [model.get_submodule(name) for name in self.names]
-        called: set[str] = set()
-        lows = self._low_ranks(layers, last)
+        layers, called = self._layers(target), set[str]()
+        lows = [
+            None if pair is None else few_rows.LowRank(*pair, rows, last)
+            for pair in cast or [None] * len(layers)
+        ]
 
         def hook_of(name: str, lora: Any, low: few_rows.LowRank | None) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
@@ -61,7 +81,7 @@ class RowLoRA(nn.Module):
                         " drafter acts on some of them: name other layers in"
                         " drafter.target_modules"
                     )
-                if low is not None and x.dtype == out.dtype == torch.bfloat16:
+                if low is not None and x.dtype == torch.bfloat16 and x.shape[-2] == rows:
                     return few_rows.corrected(x, out, low)
                 if last == rows:
                     return lora(x, out)
@@ -90,19 +110,6 @@ class RowLoRA(nn.Module):
                 f" called in a pass over text, {missed[0]} first: name others in"
                 " drafter.target_modules"
             )
-
-    def _low_ranks(self, layers: Sequence[Any], last: int) -> list[few_rows.LowRank | None]:
-        """Return each LoRA as few_rows computes it, without gradients in bf16 on a CPU. Casting A
-        and B for each pass takes as long as a pass does."""
-        fits = all(map(few_rows.is_product, layers)) and few_rows.library() is not None
-        if torch.is_grad_enabled() or not fits:
-            return [None] * len(layers)
-        loras: list[Any] = list(self.loras)
-        versions = [(lora.A._version, lora.B._version) for lora in loras]
-        if versions != self._of:
-            self._low = [few_rows.low_rank(lora.A, lora.B, lora.scale) for lora in loras]
-            self._of = versions
-        return [few_rows.LowRank(a, b, last) for a, b in self._low]
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """Return A (r, i) and B (o, r) of each layer by its name in the model."""

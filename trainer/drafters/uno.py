@@ -49,7 +49,7 @@ from trainer.drafters.anchors import anchors_of, counted, distilled_slots, goals
 from trainer.drafters.batch_passes import after_texts, padded, room
 from trainer.drafters.distillation import KINDS
 from trainer.drafters.layers import Heads, IndependentGrowth, decayed
-from trainer.drafters.lora_rows import RowLoRA
+from trainer.drafters.lora_rows import Cast, RowLoRA
 from trainer.drafters.ragged import Entries, IndependentBatch, RaggedMemory
 from trainer.models.on_host import all_sent, sent
 from trainer.speed.roomy_cache import roomy
@@ -60,6 +60,7 @@ class Memory:
     """Keys and values of the first `length` tokens, from the target's own weights."""
 
     cache: DynamicCache
+    cast: Cast | None = None  # RowLoRA.cast
     length: int = 0
     draw: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
@@ -69,6 +70,7 @@ class BatchMemory(RaggedMemory):
     """Memory of several sequences, each with its own random numbers."""
 
     draws: list[torch.Generator] = field(default_factory=list)
+    cast: Cast | None = None  # RowLoRA.cast
 
     @classmethod
     def of(cls, layers: int, count: int) -> BatchMemory:
@@ -158,7 +160,7 @@ class Uno(Heads):
         passes.refuse_virtual_tokens(target.model, "uno")
         cache = roomy(DynamicCache(config=target.config))
         cache.activate_past_recording()
-        return Memory(cache)
+        return Memory(cache, self.lora.cast(target))
 
     @torch.no_grad()
     def grow(self, memory: Memory, target: Target, update: TargetUpdate) -> IndependentGrowth:
@@ -170,7 +172,7 @@ class Uno(Heads):
         z = torch.randint(self.vocabulary_size, (more,), generator=memory.draw)
         tokens = torch.cat([ids, z.to(ids.device)]).unsqueeze(0)
         if more:
-            with self.lora.on(target, rows=tokens.shape[1], last=more):
+            with self.lora.on(target, tokens.shape[1], more, memory.cast):
                 hidden = passes.run(target, memory.cache, tokens)[0, -1 - more :]
         else:
             hidden = passes.run(target, memory.cache, tokens)[0, -1:]
@@ -178,7 +180,9 @@ class Uno(Heads):
 
     def start_batch(self, target: Target, count: int) -> BatchMemory:
         passes.refuse_virtual_tokens(target.model, "uno")
-        return BatchMemory.of(target.config.num_hidden_layers, count)
+        memory = BatchMemory.of(target.config.num_hidden_layers, count)
+        memory.cast = self.lora.cast(target)
+        return memory
 
     @torch.no_grad()
     def grow_batch(
@@ -195,7 +199,7 @@ class Uno(Heads):
         block = passes.Block({"input_ids": z}, ahead, _causal(1, more, ids.device))
         on: Any = contextlib.nullcontext()
         if more:
-            on = self.lora.on(target, rows=ids.shape[1] + more, last=more)
+            on = self.lora.on(target, ids.shape[1] + more, more, memory.cast)
         newest, slots = after_texts(target, memory, ids, counts, block, on)
         hidden = torch.cat([newest.unsqueeze(1), slots], dim=1)
         return IndependentBatch.read(target.head, hidden)

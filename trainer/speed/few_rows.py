@@ -114,7 +114,8 @@ class LowRank:
 
     a: Float[Tensor, "r i"]
     b: Float[Tensor, "o r"]
-    last: int  # places
+    rows: int  # places of a sequence
+    last: int
     used: bool = False  # in this pass
 
 

@@ -122,7 +122,18 @@ def decoder_layer(self: Any, hidden_states: Tensor, *more: Any, **inputs: Any) -
     others = any(inputs[name] is not None for name in inputs.keys() - _INPUTS)
     if more or others or layer is None or not _fits(hidden_states, layer, angles, mask):
         return type(self).forward(self, hidden_states, *more, **inputs)
+    if any(low.rows != hidden_states.shape[1] for low in _lows(self)):
+        return type(self).forward(self, hidden_states, **inputs)
     return _computed(self, hidden_states, layer, angles, mask)
+
+
+def _linears(layer: Any) -> list[Any]:
+    attention, mlp = layer.self_attn._modules, layer.mlp._modules
+    return [*(attention[name] for name in _ATTENTION), *(mlp[name] for name in _MLP)]
+
+
+def _lows(layer: Any) -> list[Any]:
+    return [low for one in _linears(layer) if (low := vars(one).get("low_rank")) is not None]
 
 
 def _entries(inputs: dict[str, Any], index: int) -> RoomyLayer | None:
@@ -162,10 +173,10 @@ def _fits(x: Tensor, layer: Any, angles: Any, mask: Tensor | None) -> bool:
 
 
 def _computed(self: Any, x: Tensor, layer: Any, angles: Any, mask: Tensor | None) -> Tensor:
-    attention, mlp = self.self_attn, self.mlp
+    attention, linears = self.self_attn, _linears(self)
     x = x.contiguous()
     cosine, sine = (one.contiguous() for one in angles)
-    (B, n, hidden), inner = x.shape, mlp.gate_proj.out_features
+    (B, n, hidden), inner = x.shape, self.mlp.gate_proj.out_features
     layer.lengthen(n)
     keys, values = layer.keys, layer.values
     G, count, d = keys.shape[1:]
@@ -176,8 +187,6 @@ def _computed(self: Any, x: Tensor, layer: Any, angles: Any, mask: Tensor | None
         few_rows.Steps(*values.stride()[:3]),
     )
     shape = few_rows.Shape(B, H, G, n, count, d, *few_rows.described(mask), *steps)
-    linears: list[Any] = [attention._modules[name] for name in _ATTENTION]
-    linears += [mlp._modules[name] for name in _MLP]
     norms = self.input_layernorm, self.post_attention_layernorm
     weights = [
         module._parameters["weight"].data_ptr()
@@ -207,8 +216,8 @@ def _computed(self: Any, x: Tensor, layer: Any, angles: Any, mask: Tensor | None
 
 
 def _low_ranks(linears: list[Any]) -> tuple[ctypes.Array[LowRank] | None, int, int]:
-    """Return (the low-rank products of a layer's linear ones, how many places of a sequence they
-    change, the numbers that they need room for)."""
+    """Return (the low-rank products of a decoder layer's linear layers, how many places of a
+    sequence they change, how many numbers of memory they need)."""
     lows = [vars(linear).get("low_rank") for linear in linears]
     some = [low for low in lows if low is not None]
     if not some:

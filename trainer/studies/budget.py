@@ -159,7 +159,7 @@ def _method(study: Study, name: str, data: Data) -> tuple[list[str], int | None]
 
     budget, settings = study.parameters, study.methods[name]
     if budget is None or not settings.solve:
-        if settings.share is not None and not settings.solve:
+        if settings.share is not None:
             raise ConfigError(
                 f"share={settings.share:g} is for methods whose size is solved for parameters:"
                 " leave it out"

@@ -19,13 +19,18 @@ def position(run: Path) -> str:
     """Return a run's step, and the minutes that its training still takes at the speed so far."""
     try:
         total = json.loads((run / "preflight.json").read_text("utf-8"))["run"]["steps"]
-        rows = [row for row in journal.read(run / "metrics.jsonl") if row["kind"] == "step"]
+        every = journal.read(run / "metrics.jsonl")
     except (OSError, ValueError, KeyError, TypeError):  # not written yet
         return "starting"
-    if not rows or not total:
-        return f"step {rows[-1]['step']}" if rows else "starting"
-    last = rows[-1]
-    if last["step"] >= total:
-        return "trained, in its evaluation"
+    rows = [row for row in every if row["kind"] == "step" and row.get("seconds")]
+    if not rows:
+        return "starting"
+    last, newest = rows[-1], every[-1]
+    # a run may end before its last step, by max_time
+    ended = newest["kind"] != "step" and newest["step"] == last["step"]
+    if ended or last["step"] == total:
+        return f"step {last['step']}, in its evaluation"
+    if not total:
+        return f"step {last['step']}"
     pace = last["seconds"] / last["step"]
     return f"step {last['step']} of {total}, {pace * (total - last['step']) / 60:.0f} min left"

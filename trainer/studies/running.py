@@ -87,12 +87,13 @@ class Runner:
         gpu = self.free_gpus.pop() if self.free_gpus else None
         log = folder / "logs" / f"{piece.key}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        say(f"{piece.key}: {'testing' if before else 'started'}, its log is {log}", flush=True)
         result: dict[str, Any] = {"piece": asdict(piece), "words": words, "log": str(log)}
         if not piece.searches:
             result["tests"] = piece.tests(self.study)
         saved = checkpoints.complete(folder / "runs" / piece.key / "checkpoints")
         trained = before if saved and UNTESTED in (before or {}) else None
+        doing = "started" if trained is None else "testing"
+        say(f"{piece.key}: {doing}, its log is {log}", flush=True)
         try:
             if trained is None:
                 self._wait_for_earlier(piece)
