@@ -56,9 +56,10 @@ def base_of(path: str) -> tuple[dict[str, Any], str]:
         TypeError,
         AttributeError,
     ) as error:
-        raise ValueError(
-            f"target.run={path}: {file} is not a run's record: {type(error).__name__}: {error}"
-        ) from None
+        fault = f"{type(error).__name__}: {error}"
+        if isinstance(error, KeyError):
+            fault = f"it lacks {error}"
+        raise ValueError(f"target.run={path}: {file} is not a run's record: {fault}") from None
     if classifies:
         raise ValueError(
             f"target.run={path}: that run trained a classifier, which writes no text to draft"
