@@ -39,7 +39,7 @@ def perturbed(models):
 def server():
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(RUNS.parent)  # the runs' rows are there
-        models = perturbed(loaded("lora", "rosa", drafter="lookup"))
+        models = perturbed(loaded("lora", "rosa", drafter="lookup", merges=False))
         with running(models) as up:
             yield up
 
@@ -247,7 +247,7 @@ def test_an_end_token_ends_the_answer(server):
 def test_recycling_repeats_a_seed_too(monkeypatch):
     """It remembers earlier texts, on which draws would depend."""
     monkeypatch.chdir(RUNS.parent)
-    models = perturbed(loaded("lora", drafter="recycling"))
+    models = perturbed(loaded("lora", drafter="recycling", merges=False))
     with running(models) as up:
         client = up.client()
         settings = {"model": "lora", "temperature": 1.0, "max_tokens": 20, "seed": 4}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import openai
+import pytest
 
 from tests.conftest import ROOT
 from trainer.config.decoding_options import DrafterOptions
@@ -32,10 +33,14 @@ class Running:
         return openai.OpenAI(base_url=f"{self.url}/v1", **settings)
 
 
-def loaded(*names: str, drafter: str | None = "run") -> dict[str, Any]:
-    """Models of runs of an earlier version, by the names of their folders."""
+def loaded(*names: str, drafter: str | None = "run", merges: bool = True) -> dict[str, Any]:
+    """Models of runs of an earlier version, by the names of their folders. Without `merges` they
+    keep their adapters, as on a GPU."""
     options = None if drafter is None else DrafterOptions(drafter=drafter)
-    return models.Loader(options, Strategy()).start([str(RUNS / name) for name in names])
+    with pytest.MonkeyPatch.context() as patch:
+        if not merges:
+            patch.setattr(models, "merge_for_good", lambda model: 0)
+        return models.Loader(options, Strategy()).start([str(RUNS / name) for name in names])
 
 
 @contextlib.contextmanager
