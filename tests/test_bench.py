@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from scripts.bench import train
 from scripts.bench.peers import contestants, measuring, runs, table, work
+from tests.conftest import ROOT
 from trainer.models import flops
 
 
@@ -237,3 +240,21 @@ def test_what_was_measured_is_told(tmp_path):
     assert "2 rows, 32 positions, 11 of them tokens, 3 of these supervised" in text
     assert "torch 2.13.0" in text
     assert "adapters in float32 (LitGPT: bfloat16)" in text
+
+
+@pytest.mark.long
+def test_our_program_goes_on_after_its_run(tmp_path):
+    """`main` of the program ends the process: a contestant writes its result afterwards."""
+    result, words = tmp_path / "result.json", ["--cfg", "job", "task=sft", "task.path=x"]
+    script = ROOT / "scripts/bench/peers/ours.py"
+    environment = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [sys.executable, str(script), str(result), *words], env=environment, check=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert json.loads(result.read_text())["peak_rss"] > 0
+
+
+def test_no_script_ends_with_the_program():
+    for path in (ROOT / "scripts").rglob("*.py"):
+        assert "__main__ import main" not in path.read_text("utf-8"), path

@@ -54,10 +54,12 @@ def overrides(options: dict[str, Any]) -> list[str]:
 def ours(options: dict[str, Any]) -> dict[str, Any]:
     """Run the program in this process. Return step times from its journal."""
     with tempfile.TemporaryDirectory() as runs:
-        sys.argv = ["trainer", *overrides(options), f"runs={runs}"]
-        from trainer.__main__ import main
+        words = [*overrides(options), f"runs={runs}"]
+        sys.argv = ["trainer", *words]
+        from trainer.__main__ import run_words
 
-        main()
+        if code := run_words(words):
+            sys.exit(code)
         rows = [
             json.loads(line)
             for line in (

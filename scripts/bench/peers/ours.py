@@ -11,9 +11,10 @@ from pathlib import Path
 def main() -> None:
     result, *overrides = sys.argv[1:]
     sys.argv = ["trainer", *overrides]
-    from trainer.__main__ import main as program
+    from trainer.__main__ import run_words
 
-    program()
+    if code := run_words(overrides):
+        sys.exit(code)
     import measuring  # not before, since what it imports is no part of the program
 
     Path(result).write_text(json.dumps(measuring.memory()), "utf-8")
