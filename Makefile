@@ -19,7 +19,7 @@ define NEXT
 
 The report: runs/quickstart/report.html
 Try next, after source $(BIN)/activate:
-  graft generate run=runs/quickstart compare=true prompt="What is the weather in Paris?" system='Answer with one function call as JSON. The functions: [{"name": "get_weather", "parameters": {"city": {"type": "string"}}}]'
+  graft generate run=runs/quickstart compare=true prompt="What is the weather in Paris?" system='Answer with one function call as JSON: {"name": ..., "arguments": {...}}. The functions: [{"name": "get_weather", "parameters": {"city": {"type": "string"}}}]'
   graft serve run=runs/quickstart
   graft compare runs
 endef
