@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from tests.toys import speculative as drafters
+from trainer.config import schema
 from trainer.decoding.speculative import Strategy, generate
 from trainer.decoding.target_cache import TargetCache
 from trainer.decoding.trees import chain, eagle2
@@ -342,12 +343,16 @@ def test_a_forward_of_anothers_is_called(model, monkeypatch):
     assert "forward" in vars(first.mlp.down_proj)
 
 
+# native brings a model of its own, and registers draft nothing
+DRAFTERS = sorted({*schema.options("drafter")} - {"none", "native", "registers"})
+SMALLER = {name: ["drafter.draft_vocab_size=null"] for name in ("eagle3", "peagle")}
+
+
 @needs_library
-@pytest.mark.parametrize("name", ["eagle", "eagle3", "hydra", "kangaroo", "mtp_sequential"])
+@pytest.mark.parametrize("name", DRAFTERS)
 def test_drafts_write_the_plain_text_in_bf16(model, monkeypatch, name):
     monkeypatch.setattr(quick_passes, "_is_faster", lambda module: True)
-    settings = ["drafter.draft_vocab_size=null"] if name == "eagle3" else []
-    drafter = drafters.made(name, model.float(), *settings).bfloat16()
+    drafter = drafters.made(name, model.float(), *SMALLER.get(name, [])).bfloat16()
     target = Target(model.bfloat16())
     prompt = torch.arange(3, 12)
     plain = generate(target, None, prompt, 12, []).tokens

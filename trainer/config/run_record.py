@@ -44,6 +44,13 @@ def read(file: Path) -> dict[str, Any] | None:
     return content  # type: ignore[no-any-return]
 
 
+def reason(error: Exception) -> str:
+    """Say why a run's record cannot be used, given the error of using it."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    return f"{type(error).__name__}: {error}"
+
+
 def _fault(content: Any) -> str | None:
     fault = mismatch(content, _RECORD)
     if fault is None and not content["starts"]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from trainer.config import history, limits
+from trainer.config import history, limits, run_record
 
 # settings of how the same weights are loaded and compute, which may differ from the target's
 FREE = ("dtype", "attn_implementation", "trust_remote_code")
@@ -56,10 +56,8 @@ def base_of(path: str) -> tuple[dict[str, Any], str]:
         TypeError,
         AttributeError,
     ) as error:
-        fault = f"{type(error).__name__}: {error}"
-        if isinstance(error, KeyError):
-            fault = f"it lacks {error}"
-        raise ValueError(f"target.run={path}: {file} is not a run's record: {fault}") from None
+        fault = f"{file} is not a run's record: {run_record.reason(error)}"
+        raise ValueError(f"target.run={path}: {fault}") from None
     if classifies:
         raise ValueError(
             f"target.run={path}: that run trained a classifier, which writes no text to draft"

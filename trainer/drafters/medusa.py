@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate
+from trainer.drafters.independent import IndependentGrowth
 from trainer.drafters.layers import (
     Heads,
-    IndependentGrowth,
     autocast_like,
     head_of_layer,
     output_layer,

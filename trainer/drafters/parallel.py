@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from trainer.drafters import Target, TargetOutput, TargetUpdate
+from trainer.drafters.independent import IndependentGrowth
 from trainer.drafters.layers import (
     Heads,
-    IndependentGrowth,
     autocast_like,
     decoder_layer,
     final_norm,

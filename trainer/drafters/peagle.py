@@ -38,8 +38,8 @@ from adapters.linear import features
 from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate
 from trainer.drafters.distillation import Distillation, Shared, chunked_distillation
 from trainer.drafters.eagle3 import Eagle3, wide_layer
+from trainer.drafters.independent import IndependentGrowth
 from trainer.drafters.layers import (
-    IndependentGrowth,
     autocast_like,
     embeddings_ahead,
     run_layer,

@@ -47,7 +47,8 @@ from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, p
 from trainer.drafters.anchors import anchors_of, counted, distilled_slots, goals, numbers_of
 from trainer.drafters.batch_passes import after_texts, padded, room
 from trainer.drafters.distillation import KINDS
-from trainer.drafters.layers import Heads, IndependentGrowth, decayed
+from trainer.drafters.independent import IndependentGrowth
+from trainer.drafters.layers import Heads, decayed
 from trainer.drafters.ragged import Entries, IndependentBatch, RaggedMemory
 from trainer.models.on_host import all_sent
 from trainer.speed.roomy_cache import roomy

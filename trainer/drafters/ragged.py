@@ -168,7 +168,7 @@ def ragged_inputs(
 
 
 class IndependentBatch:
-    """layers.IndependentGrowth of several sequences: `logits` returns those of an offset
+    """independent.IndependentGrowth of several sequences: `logits` returns those of an offset
     (B, V)."""
 
     branches = True

@@ -120,10 +120,9 @@ def decoder_layer(self: Any, hidden_states: Tensor, *more: Any, **inputs: Any) -
     layer = _entries(inputs, self.self_attn.layer_idx)
     mask, angles = inputs.get("attention_mask"), inputs.get("position_embeddings")
     others = any(inputs[name] is not None for name in inputs.keys() - _INPUTS)
+    others |= any(low.rows != hidden_states.shape[1] for low in _lows(_linears(self)))
     if more or others or layer is None or not _fits(hidden_states, layer, angles, mask):
         return type(self).forward(self, hidden_states, *more, **inputs)
-    if any(low.rows != hidden_states.shape[1] for low in _lows(self)):
-        return type(self).forward(self, hidden_states, **inputs)
     return _computed(self, hidden_states, layer, angles, mask)
 
 
@@ -132,8 +131,8 @@ def _linears(layer: Any) -> list[Any]:
     return [*(attention[name] for name in _ATTENTION), *(mlp[name] for name in _MLP)]
 
 
-def _lows(layer: Any) -> list[Any]:
-    return [low for one in _linears(layer) if (low := vars(one).get("low_rank")) is not None]
+def _lows(linears: list[Any]) -> list[few_rows.LowRank]:
+    return [low for one in linears if (low := vars(one).get("low_rank")) is not None]
 
 
 def _entries(inputs: dict[str, Any], index: int) -> RoomyLayer | None:
@@ -218,22 +217,16 @@ def _computed(self: Any, x: Tensor, layer: Any, angles: Any, mask: Tensor | None
 def _low_ranks(linears: list[Any]) -> tuple[ctypes.Array[LowRank] | None, int, int]:
     """Return (the low-rank products of a decoder layer's linear layers, how many places of a
     sequence they change, how many numbers of memory they need)."""
-    lows = [vars(linear).get("low_rank") for linear in linears]
-    some = [low for low in lows if low is not None]
-    if not some:
+    lows = _lows(linears)
+    if not lows:
         return None, 0, 0
-    for low in some:
-        low.used = True
-    array = (LowRank * len(lows))(
-        *(
-            LowRank(None, None, 0)
-            if low is None
-            else LowRank(low.a.data_ptr(), low.b.data_ptr(), len(low.a))
-            for low in lows
-        )
-    )
-    changed = some[0].last
-    return array, changed, max(changed * (len(low.a) + len(low.b)) for low in some) + 32
+    array = (LowRank * len(linears))()  # zeros: a layer without one
+    for place, linear in enumerate(linears):
+        if (low := vars(linear).get("low_rank")) is not None:
+            low.used = True
+            array[place] = LowRank(low.a.data_ptr(), low.b.data_ptr(), len(low.a))
+    changed = lows[0].last
+    return array, changed, max(changed * (len(low.a) + len(low.b)) for low in lows) + 32
 
 
 def _functions() -> list[int | None]:

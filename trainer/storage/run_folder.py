@@ -324,7 +324,9 @@ def read(path: str) -> tuple[Path, dict[str, Any], str]:
     except ConfigError as error:
         raise FolderError(f"{folder.file} does not fit this version of Graft:\n{error}") from None
     except (AttributeError, KeyError, TypeError, ValueError, OmegaConfBaseException) as error:
-        raise FolderError(f"{folder.file} is not a run's record: {_reason(error)}") from None
+        raise FolderError(
+            f"{folder.file} is not a run's record: {run_record.reason(error)}"
+        ) from None
     return folder.path, content, which or content["config"]["export"]
 
 
@@ -338,15 +340,9 @@ def complete(content: dict[str, Any], file: Path, warn: bool = True) -> None:
     try:
         keys = history.complete(content["config"], content["identity"]["choices"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise FolderError(f"{file} is not a run's record: {_reason(error)}") from None
+        raise FolderError(f"{file} is not a run's record: {run_record.reason(error)}") from None
     if keys and warn:
         _warn_completed(file, ", ".join(keys))
-
-
-def _reason(error: Exception) -> str:
-    return (
-        f"it lacks {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
-    )
 
 
 @functools.cache  # a program may read a folder several times
